@@ -89,8 +89,8 @@ def summary() -> str:
             f"{saved['peft']:.0f} MiB",
         ],
         [
-            "mean accuracy of a ViT-S/14 on six tasks (parameters)",
-            *_accuracies("local_long", ("EFFT2, auto", "LoRA (peft), all layers")),
+            "mean accuracy of a ViT-S/14 on twelve tasks (parameters)",
+            *_accuracies("twelve", ("EFFT, auto", "LoRA (peft), all layers")),
         ],
     ]
     return table(["", "EFFT, this library", "LoRA of `peft`"], rows)
@@ -149,6 +149,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy_grid": partial(accuracy, "local_grid"),
     "accuracy_twelve": partial(accuracy, "twelve"),
     "comparisons_twelve": partial(accuracy, "twelve", "comparisons"),
+    "accuracy_hundred_epochs": partial(accuracy, "hundred_epochs"),
+    "comparisons_hundred_epochs": partial(accuracy, "hundred_epochs", "comparisons"),
 }
 
 

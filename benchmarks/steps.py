@@ -59,7 +59,8 @@ _DEPTH, _TILE = 64, 192  # the size along k of one iteration of the main loop, a
 _MADE_RANKS, _MADE_BESIDE = 32, 2048
 # From lowrank_gemm_sm90.cu: if k is larger than this, the two thread blocks of a cluster share the computation of h.
 _SHARING_DEPTH = 3 * _DEPTH
-# From reduce_tokens.cu: the number of columns of a thread block, and the least number of tokens in a range.
+# From reduce_tokens.cu: the number of columns of a thread block. The number of tokens divided by the second value,
+# rounded up, limits the number of ranges.
 _REDUCED_COLUMNS, _REDUCED_TOKENS = 64, 256
 
 

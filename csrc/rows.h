@@ -1,4 +1,5 @@
-// Converts between tensors with any number of leading dimensions and matrices, without a call of torch's dispatcher.
+// Converts between matrices and tensors with any number of leading dimensions. These conversions create views without a
+// call of torch's dispatcher, unless a tensor must be copied.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +13,7 @@ namespace efft {
 
 using torch::stable::Tensor;
 
-// Returns a view that begins at the first element of `t`.
+// Returns a view with the given sizes and strides that begins at the first element of `t`.
 inline Tensor viewed(const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   AtenTensorHandle made = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
@@ -20,7 +21,8 @@ inline Tensor viewed(const Tensor& t, const std::vector<int64_t>& sizes, const s
   return Tensor(made);
 }
 
-// Returns `t` [..., d] as [rows, d]: a view if the strides allow it, else of a copy.
+// Returns `t` [..., d] as a matrix [rows, d]. The matrix is a view of `t` if the strides allow this, else of a
+// contiguous copy.
 inline Tensor as_rows(const Tensor& t) {
   if (t.dim() == 2) return t;
   int64_t rows = 1, stride = 0;
@@ -35,7 +37,7 @@ inline Tensor as_rows(const Tensor& t) {
   return viewed(t, {rows, t.size(-1)}, {rows > 1 ? stride : t.size(-1), t.stride(-1)});
 }
 
-// Returns a contiguous matrix [rows, d] as [..., d] with the leading sizes of `like`.
+// Returns a contiguous matrix [rows, d] as a tensor [..., d] with the leading sizes of `like`.
 inline Tensor with_leading_sizes(const Tensor& matrix, const Tensor& like) {
   const int64_t dim = like.dim();
   if (dim == 2) return matrix;

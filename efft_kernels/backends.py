@@ -172,12 +172,12 @@ def resolve(
     requested = current_backend() if backend is None else Backend.parse(backend)
     if torch._C._are_functorch_transforms_active():
         if requested not in (Backend.AUTO, Backend.REFERENCE):
-            raise RuntimeError(f"{op}: backend {requested.value!r} was asked for but cannot run: {_TRANSFORMED}")
+            raise RuntimeError(f"{op}: backend {requested.value!r} was requested but cannot run: {_TRANSFORMED}")
         requested = Backend.REFERENCE
     if requested is not Backend.AUTO:
         reason = can_run(requested, *tensors)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend {requested.value!r} was asked for but cannot run: {reason}")
+            raise RuntimeError(f"{op}: backend {requested.value!r} was requested but cannot run: {reason}")
         return requested
     if sizes is not None and (measured := _fastest(op, sizes, *tensors)) is not None:
         return measured

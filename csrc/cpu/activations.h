@@ -1,4 +1,5 @@
-// Computes GELU and layer norm on registers and rows of floats, and the values that their backward passes need.
+// Computes the GELU and its derivative for a register of floats, and the forward and backward passes of a layer norm
+// for a row of floats.
 #pragma once
 
 #include <algorithm>
@@ -7,14 +8,16 @@
 
 namespace efft::EFFT_ISA {
 
+// The value of a GELU, and its derivative.
 struct Gelu {
   Floats value;
   Floats slope;
 };
 
-// Returns z Phi(z) and its slope Phi(z) + z phi(z). Phi(-|z|) = exp(-z^2 / 2) q(|z|), where q = erfcx(|z| / sqrt 2) / 2
-// is smooth. q is approximated by a polynomial in t = 1 / (1 + 0.3 |z|) with a relative error of 4e-9 on [0, 14]. One
-// exponential serves both results, and the tail for negative z is not the difference of two large numbers.
+// Returns z Phi(z) and its derivative Phi(z) + z phi(z), where Phi is the distribution function of the standard normal
+// distribution and phi is its density. It uses Phi(-|z|) = exp(-z^2 / 2) q(|z|), where q(|z|) = erfcx(|z| / sqrt 2) / 2
+// is smooth. A polynomial in t = 1 / (1 + 0.3 |z|) approximates q with a relative error of 4e-9 on [0, 14]. The same
+// exponential is used for both results. For negative z, Phi is computed without a difference of two large numbers.
 inline Gelu gelu(Floats z) {
   const Floats size = select(z < 0.0f, -z, z);
   const Floats t = 1.0f / (1.0f + 0.3f * size);
@@ -29,9 +32,9 @@ inline Gelu gelu(Floats z) {
   return {z * phi, phi + z * density * 0.398942280f};
 }
 
-// Computes the tanh approximation 0.5 z (1 + tanh(v / 2)) = z s(v) with one exponential, where s is the logistic
-// function and v = 2 sqrt(2 / pi) (z + 0.044715 z^3). It computes s(-|v|), whose relative error is small,
-// and 1 - s(-|v|) for positive v.
+// Returns the tanh approximation of the GELU, 0.5 z (1 + tanh(v / 2)) = z s(v), and its derivative. s is the logistic
+// function, and v = 2 sqrt(2 / pi) (z + 0.044715 z^3). With the single exponential e = exp(-|v|), it computes
+// s(|v|) = 1 / (1 + e) and s(-|v|) = e / (1 + e), which both have small relative errors.
 inline Gelu gelu_tanh(Floats z) {
   constexpr float k = 1.59576912f, k_cubic = 0.0713548163f;
   const Floats square = z * z;
@@ -45,11 +48,12 @@ inline Gelu gelu_tanh(Floats z) {
 
 struct Moments {
   float mean;
-  float rstd;
+  float rstd;  // reciprocal of the standard deviation
 };
 
-// The second pass also corrects the rounding error of the mean, which a small deviation would magnify. The norm of a
-// row of equal numbers is therefore exactly zero.
+// Returns the moments of a row. The second pass over the row computes the variance, and also corrects the rounding
+// error of the mean, because the norm divides by the standard deviation and would magnify this error if the deviation
+// is small. Therefore the norm of a row of equal numbers is exactly zero.
 inline Moments moments(const float* x, int64_t size, float eps) {
   const float n = static_cast<float>(size);
   Floats total{}, offsets{}, squares{};
@@ -65,7 +69,7 @@ inline Moments moments(const float* x, int64_t size, float eps) {
   return {about + correction, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
-// A null gamma means one, and a null beta means zero.
+// Computes the layer norm of a row with the given moments. A null gamma means ones, and a null beta means zeros.
 inline void normalize(const float* x, int64_t size, Moments of, const float* gamma, const float* beta, float* out) {
   for_registers(size, [&](int64_t j, int count) {
     Floats n = (load(x + j, count) - of.mean) * of.rstd;
@@ -75,7 +79,7 @@ inline void normalize(const float* x, int64_t size, Moments of, const float* gam
   });
 }
 
-// Computes dx of a row from dn, the gradient of the output of normalize.
+// Computes the gradient dx of a row x from dn, the gradient of the output of normalize.
 template <class Out>
 inline void normalize_backward(const float* dn, const float* x, int64_t size, Moments of, const float* gamma, Out* dx) {
   const auto gradient = [&](int64_t j, int count) {

@@ -1,6 +1,6 @@
-// Memory that one thread keeps for later calls. This class does not use std::vector, whose member functions would be
-// compiled once per instruction set under the same symbol name. The linker would keep an arbitrary one, possibly one
-// that the processor cannot run.
+// Defines a buffer that one thread keeps for later calls. It does not use std::vector. The member functions of that
+// class would be compiled once per instruction set under the same symbol name, and the linker would keep only one of
+// them, possibly one that the processor cannot run.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace efft::EFFT_ISA {
 
-// The buffer never shrinks, because a fresh allocation of this size would cause page faults in every call.
+// The buffer never shrinks, because fresh memory of this size would cause page faults in every call.
 template <class T>
 class Buffer {
  public:

@@ -1,5 +1,7 @@
-// Computes tt_contract and its gradients, and a merged weight, for one layer and one core. The factors are first copied
-// with masks and scale applied, and the copies are then multiplied.
+// Computes the op tt_contract (the contraction of a tensor train) and its gradients for one layer and one core, and the
+// op tt_merge_. The contraction first copies the factors, with dropout masks and scale applied, and then multiplies the
+// copies. The functions without a template implement those of the same names in the table Kernels (kernels.h), where
+// they are described.
 #pragma once
 
 #include <cstring>
@@ -8,8 +10,9 @@
 
 namespace efft::EFFT_ISA {
 
-// Returns `from` as floats, times `scale`, and zero where `keep` is false. With `transpose` the result is transposed,
-// and its rows are padded to a multiple of PANEL_COLUMNS.
+// Returns a copy of `from` [rows, columns] as floats, times `scale`. Elements for which the mask `keep` is false are
+// zero; a null mask keeps all elements. If `transpose` is set, the result is transposed, and its rows are padded with
+// zeros to a multiple of PANEL_COLUMNS elements.
 template <class T>
 Rows<const float> masked(const Matrix& from, int64_t rows, int64_t columns, const bool* keep, float scale,
     bool transpose, Buffer<float>& buffer) {

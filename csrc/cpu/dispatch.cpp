@@ -1,4 +1,5 @@
-// Chooses the best instruction set that the processor reports, once. EFFT_CPU_ISA can name a lower one, for tests.
+// Chooses the best instruction set that the processor reports, once per process. For tests, EFFT_CPU_ISA can name an
+// instruction set; the ones that are better than it are then not considered.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -35,8 +36,9 @@ extern const Kernels table;
 namespace {
 
 #if defined(__x86_64__)
-// A process must request these registers from the system once. The system then reserves memory for their contents in
-// the state of every thread.
+// Returns whether the processor has matrix registers (AMX) and the system allows this process to use them. A process
+// must request them from the system once, because the system then reserves memory for their contents in the state of
+// every thread.
 bool has_matrix_registers() {
   constexpr unsigned bf16 = 1U << 22, tiles = 1U << 24;
   constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -51,7 +53,7 @@ const Kernels& best() {
   bool allowed = !named || !*named;
   const Kernels* chosen = nullptr;
   std::string names;
-  const auto consider = [&](const Kernels& set, bool has) {  // in order, the best first
+  const auto consider = [&](const Kernels& set, bool has) {  // called for every set, from the best to the worst
     names += (names.empty() ? "" : ", ") + std::string(set.isa);
     allowed = allowed || !std::strcmp(named, set.isa);
     if (!chosen && allowed && has) chosen = &set;

@@ -1,23 +1,23 @@
-// Copies small matrices and converts their type and memory layout. `gather` reads and writes matrices in rows or in
-// strips (see kernels.h) and can add several matrices. It makes panels of factors, and adds up the partial sums of the
-// threads. `interleave` converts a panel to bf16 with every two rows interleaved.
+// Copies small matrices and converts their type and memory layout. `gather` reads and writes matrices that are stored
+// in rows or in strips (see kernels.h), and can add several matrices. The binding uses it to create panels of factors
+// and to add the partial sums of the threads. `interleave` converts a panel to bf16 with every two rows interleaved.
 #pragma once
 
 #include "low_rank.h"
 
 namespace efft::EFFT_ISA {
 
-// Returns a pointer to element (i, j) of a matrix [rows, ...], which is stored in rows or in strips. The elements of
-// the row that follow in the same strip are contiguous. If j is a multiple of 16, these are at least 16 elements, so
-// that a square of `gather` lies within one strip.
+// Returns a pointer to element (i, j) of a matrix [rows, ...], which is stored in rows or in strips. The elements that
+// follow it in its row are contiguous as far as its strip extends. `gather` uses only multiples of 16 for j. Because
+// the width of a strip is a multiple of 16, the 16 elements from j on are then contiguous.
 template <class T>
 T* place(const Matrix& matrix, int64_t rows, int64_t i, int64_t j) {
   if (matrix.row != 0) return row_of<T>(matrix, i) + j;
   return static_cast<T*>(matrix.data) + (j / STRIP_COLUMNS * rows + i) * STRIP_COLUMNS + j % STRIP_COLUMNS;
 }
 
-// Copies squares of 16 x 16 elements, so that the rows that are read and the rows that are written stay in the
-// first-level cache.
+// Implements Kernels::gather. It copies squares of 16 x 16 elements, so that the rows that are read and the rows that
+// are written stay in the first-level cache.
 template <class From, class To>
 void gather(const Gather& op, int64_t begin, int64_t end) {
   constexpr int64_t SIDE = 16;

@@ -1,6 +1,6 @@
 // Defines the interface between the torch binding and the CPU kernels, which depends neither on torch nor on
-// instruction sets. It consists of plain structs of pointers, and one table of functions for each instruction set in
-// the library. The names of sizes are those of efft_kernels/ops: tokens, d_in, d_out, rank (r1).
+// instruction sets. It consists of plain structs of pointers, and of one table of functions for each instruction set in
+// the library. The names of matrices and sizes are those of efft_kernels/ops: tokens, d_in, d_out, and rank (there r1).
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,14 @@ struct Matrix {
   Type type = Type::float32;
 };
 
-// A panel is a factor in the order in which a product reads it. Its elements are floats or, for products of bf16 if
-// Kernels::pairs is set, bf16 with every two rows interleaved. Its columns are padded with zeros to a multiple of
-// PANEL_COLUMNS, so that all tiles are full.
+// A panel is a factor in the order in which a product reads it. Its elements are floats. For products of bf16, if
+// Kernels::pairs is set, they are bf16 instead, and every two rows are interleaved. A panel is padded with columns of
+// zeros to a multiple of PANEL_COLUMNS columns, so that products read only full registers.
 constexpr int64_t PANEL_COLUMNS = 16;
 
-// A strip is a group of STRIP_COLUMNS columns that is stored as a matrix of its own, one row after the other. Matrices
-// [rank, columns] are stored in strips, because a kernel reads or writes a few columns of all their rows at a time,
-// which would touch too many pages if the rows were stored whole.
+// A strip is a group of STRIP_COLUMNS adjacent columns that is stored as a separate matrix, row after row. Matrices
+// [rank, columns] are stored in strips, because a kernel reads or writes a few columns of all their rows at a time. If
+// the rows were stored in one piece, this would touch too many pages of memory.
 constexpr int64_t STRIP_COLUMNS = 48;
 
 // The producer is the operation that runs directly before a layer and computes its input: a GELU or a layer norm. The
@@ -36,27 +36,28 @@ struct LowRank {
   int64_t d_in = 0, d_out = 0, rank = 0, padded_rank = 0;
   Matrix x;                      // [tokens, d_in]; z for a GELU
   Matrix h;                      // [tokens, rank]
-  const float* gamma = nullptr;  // [d_in], of a norm; null means one
-  const float* beta = nullptr;   // [d_in]; null means zero
-  float eps = 0;
-  float* mean = nullptr;  // [tokens]
-  float* rstd = nullptr;  // [tokens]
-  Matrix base;            // the base product, in the type of the result, whose memory it may share
+  const float* gamma = nullptr;  // [d_in], of a norm; null means ones
+  const float* beta = nullptr;   // [d_in], of a norm; null means zeros
+  float eps = 0;                 // of a norm, as are the next two
+  float* mean = nullptr;         // [tokens], written by the forward pass and read by the backward pass
+  float* rstd = nullptr;         // [tokens], reciprocals of the standard deviations; written and read like mean
+  Matrix base;                   // the product with the frozen weight; it may share the memory of the result
 };
 
-// Computes h = a D and y = base + b + h G, where a is the output of the producer, or x if there is no producer. base is
-// x W^T, or null if there is a producer; the caller then adds a W^T to y.
+// Computes h = a D and y = base + b + h G. Without a producer, a is x, and base is x W^T. With a producer, a is its
+// output, and base is null; the caller then adds a W^T to y.
 struct Forward : LowRank {
   Matrix a;                  // [tokens, d_in], written if there is a producer
   Matrix y;                  // [tokens, d_out]
-  const float* b = nullptr;  // [d_out]; null means zero
+  const float* b = nullptr;  // [d_out]; null means zeros
   const void* D = nullptr;   // panel [d_in, padded_rank]
   const void* G = nullptr;   // panel [rank, d_out], in strips
 };
 
-// Computes dh = gy G^T, dD^T = dh^T a, dG = h^T gy, db = the sum of gy, and the gradient of a, base + dh D^T, where
-// base is gy W. The gradient of a, passed through the producer if there is one, is dx. The gradients of a norm's
-// parameters are sums over the gradient of a.
+// Computes dh = gy G^T, the sums over tokens dD^T = dh^T a, dG = h^T gy and db (the sum of gy), and the gradient of a,
+// da = base + dh D^T, where base is gy W. Without a producer, dx is da. With a producer, dx is computed from da by the
+// backward pass of the producer. The gradients of a norm's parameters are also sums over tokens: dbeta is the sum of
+// da, and dgamma is the sum of da (x - mean) rstd. Only the gradients that are needed are computed.
 struct Backward : LowRank {
   Matrix gy;                 // [tokens, d_out]
   Matrix dx;                 // [tokens, d_in], in the type of x; data is null if dx is not needed
@@ -64,8 +65,8 @@ struct Backward : LowRank {
   const void* Dt = nullptr;  // panel [rank, d_in], in strips
 };
 
-// The contributions of a range of tokens to each sum over all tokens; null if the sum is not needed. The two sums of a
-// norm are computed together.
+// The contributions of a range of tokens to the sums over all tokens. A pointer is null if the sum is not needed.
+// dgamma and dbeta are either both null or both given.
 struct Shares {
   float* dDt = nullptr;     // [rank, d_in], in strips
   float* dG = nullptr;      // [rank, d_out], in strips
@@ -74,7 +75,8 @@ struct Shares {
   float* dbeta = nullptr;   // [d_in]
 };
 
-// Computes G[i, :] = sum_k C[i, k] keep_C[i, k] scale V[k, :] keep_V[k, :] for one layer and core.
+// Computes G[i, :] = scale sum_k C[i, k] keep_C[i, k] V[k, :] keep_V[k, :] for one layer and core of a tensor train,
+// where keep_C and keep_V are dropout masks.
 struct Contraction {
   int64_t rows = 0, depth = 0, columns = 0;  // r1, r2, d_out
   Matrix C;                                  // [r1, r2]
@@ -85,8 +87,8 @@ struct Contraction {
   float scale = 1;
 };
 
-// Sets `to` to scale times the sum of n_parts matrices [rows, columns], which are `part` elements apart. The result is
-// transposed if `transpose` is set.
+// Sets `to` to scale times the sum of n_parts matrices [rows, columns]. `from` is the first of these matrices, and each
+// of the others begins `part` elements after the previous one. The result is transposed if `transpose` is set.
 struct Gather {
   Matrix from;  // in strips if `row` is 0
   int64_t n_parts = 1, part = 0;
@@ -96,12 +98,13 @@ struct Gather {
   Matrix to;  // in strips if `row` is 0
 };
 
-// The functions have the names of their implementations: forward and backward are in low_rank.h, gather and interleave
-// in gather.h, and the others in contract.h.
+// The functions for one instruction set. They have the names of their implementations: forward and backward are in
+// low_rank.h, gather and interleave in gather.h, and the others in contract.h.
 struct Kernels {
   const char* isa;
   bool pairs;  // whether products of bf16 need panels of interleaved bf16
-  // Both process tokens begin .. end - 1. backward overwrites the shares; every thread must pass its own.
+  // forward and backward process tokens begin .. end - 1. backward overwrites the shares, so that every thread must
+  // pass its own.
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end, const Shares&);
   // Writes rows begin .. end - 1 (begin is even) of a float matrix [rows, columns] to `to`

@@ -1,6 +1,7 @@
-// Defines one SIMD register of floats in the instruction set for which this file is compiled. The code uses the
-// compiler's vector types, so that the same source works for AVX-512, AVX2, SSE and NEON. The kernels are compiled once
-// per instruction set, each time with another EFFT_ISA, which names the namespace (see kernels.cpp and dispatch.cpp).
+// Defines the type Floats, a SIMD register of floats in the instruction set for which this file is compiled, and its
+// operations. A lane is one element of a register. The code uses the compiler's vector types, so that the same source
+// works for AVX-512, AVX2, SSE and NEON. The kernels are compiled once per instruction set. Each time, the macro
+// EFFT_ISA has another value, which is the name of the namespace (see kernels.cpp and dispatch.cpp).
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-// For functions in which a constant argument `count` must stay a constant after inlining.
+// Marks functions that must be inlined, so that a constant argument `count` is a constant in them as well.
 #define EFFT_INLINE inline __attribute__((always_inline))
 
 namespace efft::EFFT_ISA {
@@ -28,7 +29,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
-// bfloat16: the upper half of a float.
+// A number in the format bfloat16, which is the upper half of a float.
 struct bf16 {
   uint16_t bits;
 };
@@ -42,19 +43,22 @@ constexpr bool PAIRS = false;
 #endif
 template <class T>
 using Element = std::conditional_t<PAIRS && std::is_same_v<T, bf16>, bf16, float>;
-// The number of steps of k that one multiplication covers.
+// The number of terms of a sum that one multiplication adds to each lane: two for bf16, which is multiplied in pairs,
+// and one for float.
 template <class E>
 constexpr int64_t TOGETHER = std::is_same_v<E, bf16> ? 2 : 1;
 
+// Returns a register with `value` in every lane. It subtracts zeros, because adding them would lose the sign of a zero.
 inline Floats splat(float value) {
   return value - Floats{};
-}  // by a subtraction, because an addition would lose the sign of zero
+}
 
 inline Floats select(Ints where, Floats yes, Floats no) {
   return where ? yes : no;
 }
 
-// AVX-512 needs the intrinsic, because GCC 12 compiles the vector conversion to several instructions.
+// Converts 16-bit lanes to 32-bit lanes. For AVX-512, it uses the intrinsic, because GCC 12 compiles the conversion of
+// vectors to several instructions.
 EFFT_INLINE Bits widened(Halves half) {
 #if defined(__AVX512F__)
   return (Bits)_mm512_cvtepu16_epi32((__m256i)half);
@@ -63,7 +67,7 @@ EFFT_INLINE Bits widened(Halves half) {
 #endif
 }
 
-// With `count`, only that many lanes are read or written, and a load fills the other lanes with zeros.
+// The functions load and store read or write only the first `count` lanes. A load fills the other lanes with zeros.
 EFFT_INLINE Floats load(const float* from, int count = LANES) {
   Floats value{};
   std::memcpy(&value, from, sizeof(float) * count);
@@ -80,7 +84,7 @@ EFFT_INLINE void store(float* to, Floats value, int count = LANES) {
   std::memcpy(to, &value, sizeof(float) * count);
 }
 
-// Returns the bits of bf16, rounded to nearest with ties to even; NaN stays NaN.
+// Returns the bits of the values rounded to bf16, to nearest with ties to even. NaN stays NaN.
 inline Halves rounded(Floats value) {
 #if defined(__AVX512BF16__)
   return (Halves)_mm512_cvtneps_pbh((__m512)value);
@@ -91,7 +95,7 @@ inline Halves rounded(Floats value) {
 #endif
 }
 
-// Returns the bits of elements converted to bf16.
+// Loads elements and returns their bits in bf16, one element per 32-bit lane.
 EFFT_INLINE Bits load_bits(const float* from, int count) {
   return __builtin_convertvector(rounded(load(from, count)), Bits);
 }
@@ -128,14 +132,16 @@ inline float sum(Floats value) {
   return total;
 }
 
-// Computes exp(x) for x <= 0 to about one unit in the last place. Results below the smallest normal number become zero.
+// Returns exp(x) for x <= 0, with an error of about one unit in the last place. Results below the smallest normal
+// number become zero.
 inline Floats exp(Floats x) {
-  x = select(x < -88.0f, splat(-88.0f), x);  // the exponent of exp(-88) is -127, the exponent of zero
-  // n = x / ln 2, rounded to an integer by an addition after which no bits remain for a fraction.
+  x = select(x < -88.0f, splat(-88.0f), x);  // the exponent of exp(-88) is -127, so that the result is zero
+  // n is x / ln 2, rounded to an integer. Adding `shift` rounds it, because the sum has no bits left for a fraction.
   const float shift = 12582912.0f;  // 1.5 * 2^23
   const Floats shifted = x * 1.44269504088896341f + shift;
   const Floats n = shifted - shift;
-  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts makes the products exact
+  // r = x - n ln 2. ln 2 is split into two parts, so that the product of n and the larger part is exact.
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   Floats p = splat(1.0f / 5040);
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;

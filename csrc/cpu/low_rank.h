@@ -1,6 +1,10 @@
-// Computes the forward and backward passes of tt_linear for a range of tokens, with or without a producer (the GELU or
-// layer norm that runs directly before the layer). The tokens are processed in blocks, so that the rows of a block, h,
-// dh and both rank-r products stay in the second-level cache.
+// Computes the forward and backward passes of an adapted layer for a range of tokens, except the product with the
+// frozen weight, which torch computes. The structs Forward and Backward in kernels.h state the formulas. The layer may
+// have a producer, a GELU or layer norm that runs directly before it.
+//
+// The tokens are processed in blocks. All steps of a pass (the producer, the product h = a D or dh = gy G^T, and the
+// products with h or dh) are computed for one block before the next block begins. A block is so small that its rows of
+// all matrices usually stay in the second-level cache between these steps.
 #pragma once
 
 #include <type_traits>
@@ -23,7 +27,8 @@ T* row_of(const Matrix& matrix, int64_t i) {
   return static_cast<T*>(matrix.data) + i * matrix.row;
 }
 
-// Returns a block as floats: the matrix itself if it contains floats, else its rows widened into `buffer`.
+// Returns rows begin .. begin + rows - 1 of a matrix of T as floats. If T is float, the result points into the matrix.
+// Otherwise the rows are converted into `buffer`.
 template <class T>
 Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t columns, Buffer<float>& buffer) {
   if constexpr (std::is_same_v<T, float>) {
@@ -39,7 +44,8 @@ Rows<const float> widen(const Matrix& from, int64_t begin, int64_t rows, int64_t
   }
 }
 
-// Returns a block of the elements that products multiply: the matrix itself, or its rows converted into `buffer`.
+// Returns rows begin .. begin + rows - 1 of a matrix of T in the type that products multiply, Element<T>. If this is T,
+// the result points into the matrix. Otherwise it is float, and the rows are converted into `buffer`.
 template <class T>
 Rows<const Element<T>> elements(
     const Matrix& from, int64_t begin, int64_t rows, int64_t columns, Buffer<float>& buffer) {
@@ -49,8 +55,10 @@ Rows<const Element<T>> elements(
     return widen<T>(from, begin, rows, columns, buffer);
 }
 
-// Plans the prefetch of the block of `rows` rows that follows the block at row t, during a product [m, n, k] of
-// elements of type E.
+// Plans the prefetch of the next block of the matrix `of` [.., width] of T while a product for the current block is
+// computed. The current block consists of `rows` rows from row t on, and the next block of as many rows or of those
+// that remain before row `end`. The product has m rows and n columns, and sums over k elements of type E. If there are
+// gaps between the rows of the matrix, nothing is prefetched.
 template <class T, class E>
 Ahead next_block(
     const Matrix& of, int64_t t, int64_t rows, int64_t end, int64_t width, int64_t m, int64_t n, int64_t k) {
@@ -58,8 +66,9 @@ Ahead next_block(
   return ahead_of<E>(row_of<const T>(of, t + rows), std::min(rows, end - t - rows) * width * sizeof(T), m, n, k);
 }
 
-// Rounds floats to T and writes them to `to` unless its data is null. Returns the elements that products multiply,
-// which are either in `to` or in `buffer`.
+// Rounds `values` to T, and writes them to rows begin .. begin + rows - 1 of `to` unless its data is null. Also returns
+// the rounded values in the type that products multiply, Element<T>. If this type is float, they replace the floats in
+// `values`. Otherwise they are in `buffer`.
 template <class T>
 Rows<const Element<T>> round_rows(
     Rows<float> values, int64_t rows, int64_t columns, const Matrix& to, int64_t begin, Buffer<bf16>& buffer) {
@@ -88,8 +97,9 @@ Rows<const Element<T>> round_rows(
   return {result.data, result.row};
 }
 
-// The buffers of one thread. They grow to the size that the thread's largest call needs. Each holds a block of tokens
-// (at most 128 rows and about a megabyte, but at least 16 rows), or the factors of one layer of a contraction.
+// The buffers of one thread. They grow to the size that the thread's largest call needs. In the passes of a layer, a
+// buffer contains one matrix for a block of tokens (see block_rows). In contract.h, it contains one matrix for a layer
+// and core.
 struct Scratch {
   Buffer<float> x, a, slope, da, gy, h, narrow, wide;
   Buffer<bf16> half_a, half_narrow, left, turned, right;
@@ -100,23 +110,25 @@ inline Scratch& scratch() {
   return instance;
 }
 
-// Returns the number of tokens for which the memory that a block reads and writes is about a megabyte.
+// Returns the number of tokens of a block. The rows of a block with widths d_in and d_out occupy at most a megabyte
+// together; with a producer, there are three rows of width d_in per token. However, a block has at least 16 and at most
+// 128 tokens.
 template <class E>
 int64_t block_rows(const LowRank& op) {
   const int64_t per_row = sizeof(E) * ((op.producer == Producer::none ? 1 : 3) * op.d_in + op.d_out);
   return std::clamp<int64_t>((1 << 20) / std::max<int64_t>(per_row, 1) / ROWS_TOGETHER<E> * ROWS_TOGETHER<E>, 16, 128);
 }
 
-// A block of tokens: the producer's input x as floats, and its output a, rounded to T. Without a producer, x is not set
-// and a is the input of the layer.
+// The matrices of a block of tokens: the producer's input x as floats, and its output a, rounded to T. Without a
+// producer, x is not set and a is the input of the layer.
 template <class T>
 struct Block {
   Rows<const float> x;
   Rows<const Element<T>> a;
-  const float* slope = nullptr;  // [rows, d_in], the slope of a GELU, only in the backward pass
+  const float* slope = nullptr;  // [rows, d_in]: the derivatives of a GELU; only in the backward pass
 };
 
-// Computes one row of a GELU, and its slope unless `slope` is null.
+// Computes one row of a GELU, and its derivatives unless `slope` is null.
 inline void gelu_row(const LowRank& op, const float* z, float* a, float* slope) {
   for_registers(op.d_in, [&](int64_t j, int count) {
     const Floats at = load(z + j, count);
@@ -126,8 +138,9 @@ inline void gelu_row(const LowRank& op, const float* z, float* a, float* slope) 
   });
 }
 
-// Returns the block at row t. The forward pass writes mean, rstd and `out`, which is a in T. The backward pass reads
-// mean and rstd, and keeps the slopes of a GELU.
+// Returns the block of `rows` tokens from token t on, for which it computes the producer. X is the type of op.x. In the
+// forward pass, this function also writes a to `out`, and the mean and rstd of a norm. In the backward pass, `out` has
+// no data. The function then reads mean and rstd, and computes the derivatives of a GELU.
 template <class X, class T>
 Block<T> block_at(const LowRank& op, int64_t t, int64_t rows, bool is_forward, const Matrix& out) {
   Scratch& space = scratch();
@@ -153,11 +166,11 @@ Block<T> block_at(const LowRank& op, int64_t t, int64_t rows, bool is_forward, c
 }
 
 // Computes C [rows, columns] = init + left right, where right [rank, columns] is stored in strips. It computes a few
-// entire rows at a time, so that the following rows can be prefetched meanwhile.
+// entire rows of C at a time, and prefetches the following rows of C meanwhile.
 template <class E, class Init, class Out>
 void up(
     int64_t rows, int64_t columns, int64_t rank, Rows<const E> left, const void* right, Base<Init> init, Rows<Out> C) {
-  constexpr int64_t together = TOGETHER<E>;  // a name without angle brackets, which cppcheck parses as comparisons here
+  constexpr int64_t together = TOGETHER<E>;  // a plain name, because cppcheck takes TOGETHER<E> below for a comparison
   constexpr int64_t width = STRIP_COLUMNS * together;
   const int64_t strip = (rank + together - 1) / together * width;
   constexpr int64_t step = ROWS_TOGETHER<E>;
@@ -174,7 +187,7 @@ void up(
   }
 }
 
-// Returns the base product from row t on, with a bias.
+// Returns the matrix to which a rank-r product is added: the base product from row t on, if there is one, plus a bias.
 template <class T>
 Base<T> base_of(const LowRank& op, int64_t t, const float* bias = nullptr) {
   return {op.base.data ? row_of<const T>(op.base, t) : nullptr, op.base.row, bias};
@@ -188,7 +201,7 @@ void down(int64_t rows, int64_t depth, int64_t padded_rank, Rows<const E> left, 
       Rows<const E>{static_cast<const E*>(right), padded_rank * TOGETHER<E>}, Base<float>{}, C, ahead);
 }
 
-// T is the type of W, y and h, and X is the type of x.
+// Implements Kernels::forward. T is the type of W, y and h, and X is the type of x.
 template <class X, class T>
 void forward(const Forward& op, int64_t begin, int64_t end) {
   using E = Element<T>;
@@ -206,7 +219,8 @@ void forward(const Forward& op, int64_t begin, int64_t end) {
   }
 }
 
-// Adds left^T right, over a block of tokens, to total [rank, columns] in strips. The first block overwrites total.
+// Adds left^T right to total [rank, columns], which is stored in strips. left [rows, rank] and right [rows, columns]
+// belong to one block of tokens. The first block overwrites total.
 template <class E>
 void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows<const E> right, float* total,
     bool is_first, Ahead ahead) {
@@ -227,11 +241,12 @@ void share(int64_t rank, int64_t columns, int64_t rows, Rows<const E> left, Rows
   }
 }
 
-// The number of registers that sum over rows in parallel, so that no addition waits for the previous one.
+// The number of registers in which rows are summed in parallel, so that an addition need not wait for the previous one.
 constexpr int SUMS_TOGETHER = 4;
 
-// Calls f(j, count, std::integral_constant<int, N>) for N adjacent registers of a row. N is SUMS_TOGETHER while that
-// many are left, then 1.
+// Divides a row into groups of N adjacent registers, and calls f(j, count, std::integral_constant<int, N>) for each
+// group, where j is the first column. N is SUMS_TOGETHER while that many full registers remain, then 1. `count` is the
+// number of columns in the last register of the group.
 template <class F>
 inline void for_sums(int64_t columns, const F& f) {
   constexpr int64_t width = int64_t{SUMS_TOGETHER} * LANES;
@@ -240,7 +255,7 @@ inline void for_sums(int64_t columns, const F& f) {
   for_registers(columns - whole, [&](int64_t j, int count) { f(whole + j, count, std::integral_constant<int, 1>{}); });
 }
 
-// Adds the sums of one block of tokens to total. The first block overwrites total.
+// Adds N registers of sums over one block of tokens to total. The first block overwrites total.
 template <int N>
 EFFT_INLINE void add_sums(Floats (&sums)[N], float* total, int count, bool is_first) {
 #pragma GCC unroll 4
@@ -250,12 +265,12 @@ EFFT_INLINE void add_sums(Floats (&sums)[N], float* total, int count, bool is_fi
   }
 }
 
-// Adds the sum of the rows of a block to total [columns].
+// Adds the sum of the rows of a block to total [columns]. The first block overwrites total.
 template <class E>
 void sum_rows(int64_t rows, int64_t columns, Rows<const E> of, float* total, bool is_first) {
   for_sums(columns, [&](int64_t j, int count, auto registers) {
     constexpr int N = decltype(registers)::value;
-    // Sums of a few rows are added up, because the rounding error of one long sum grows with its length.
+    // The rows are first summed in groups of a few rows, because the rounding error of a sum grows with its length.
     constexpr int64_t FEW = 16;
     Floats sums[N]{};
     for (int64_t first = 0; first < rows; first += FEW) {
@@ -270,7 +285,9 @@ void sum_rows(int64_t rows, int64_t columns, Rows<const E> of, float* total, boo
   });
 }
 
-// Adds the sum of dn (x - mean) rstd to dgamma [d_in], and the sum of dn, the gradient of the norm's output, to dbeta.
+// Adds the sums over a block that the gradients of a norm's parameters need. dn [rows, d_in] is the gradient of the
+// norm's output. The sum of dn (x - mean) rstd is added to dgamma [d_in], and the sum of dn to dbeta [d_in]. The first
+// block overwrites both.
 inline void sum_norm(
     const LowRank& op, int64_t t, int64_t rows, const float* dn, Rows<const float> x, const Shares& to, bool is_first) {
   for_sums(op.d_in, [&](int64_t j, int count, auto registers) {
@@ -290,7 +307,8 @@ inline void sum_norm(
   });
 }
 
-// Computes dx and the sums for a norm's parameters from the gradient of the producer's output, base + dh D^T.
+// Computes the gradient of the producer's output, base + dh D^T, and from it the sums for a norm's parameters and dx,
+// if they are needed.
 template <class X, class T>
 void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, const Block<T>& block,
     const Shares& to, bool is_first) {
@@ -311,6 +329,7 @@ void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const El
   }
 }
 
+// Implements Kernels::backward. T is the type of W, gy and h, and X is the type of x.
 template <class X, class T>
 void backward(const Backward& op, int64_t begin, int64_t end, const Shares& to) {
   using E = Element<T>;
@@ -324,7 +343,7 @@ void backward(const Backward& op, int64_t begin, int64_t end, const Shares& to) 
     const bool is_first = t == begin;
     const Rows<const E> gy = elements<T>(op.gy, t, rows, op.d_out, space.gy);
     Rows<const E> dh{};
-    // This step comes first, because it reads gy row by row and thereby brings gy into the cache for dG.
+    // dh is computed before dG, because this step reads gy row by row, and gy is then in the cache for dG.
     if (need_da || to.dDt) {
       down(rows, op.d_out, op.padded_rank, gy, op.Gt, wide);
       dh = round_rows<T>(wide, rows, op.rank, {}, t, space.half_narrow);

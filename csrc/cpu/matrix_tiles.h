@@ -1,6 +1,6 @@
-// Implements the product of product.h for bf16 with matrix registers (AMX), if the instruction set has them. A tile is
-// 16 rows of 64 bytes. One configuration serves all products, because partial tiles are first copied into full tiles of
-// zeros.
+// Implements the product of product.h for bf16 with matrix registers (AMX), if the instruction set has them. A matrix
+// register contains a tile of 16 rows of 64 bytes. All products use the same configuration of the registers, because
+// operands that fill only a part of a tile are padded with zeros.
 #pragma once
 
 #include "buffer.h"
@@ -14,8 +14,8 @@ class MatrixRegisters {};
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t TILE = 16;  // rows, and columns of 32 bits: floats, or pairs of bf16
-constexpr int64_t TILE_K = 2 * TILE;
+constexpr int64_t TILE = 16;  // number of rows of a tile, and of its columns of 32 bits: floats or pairs of bf16
+constexpr int64_t TILE_K = 2 * TILE;  // number of bf16 elements in a row of a tile
 
 template <>
 class MatrixRegisters<bf16> {
@@ -34,7 +34,8 @@ class MatrixRegisters<bf16> {
   ~MatrixRegisters() { __asm__ volatile("tilerelease"); }
 };
 
-// An asm statement, because GCC's intrinsics do not declare that a load reads memory.
+// Loads a tile, whose rows are `row` elements apart, into a matrix register. This is an asm statement, because GCC's
+// intrinsics do not declare that a load reads memory.
 template <int REGISTER>
 EFFT_INLINE void load_tile(const bf16* from, int64_t row) {
   const int64_t bytes = row * static_cast<int64_t>(sizeof(bf16));
@@ -57,7 +58,8 @@ EFFT_INLINE void multiply_tiles() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(LEFT), "i"(RIGHT));
 }
 
-// Loads `rows` rows of `elements` elements without reading beyond the last element.
+// Loads a partial tile, which has `rows` rows (at most 16 are used) of `elements` elements, and pads it with zeros. It
+// does not read beyond the last element.
 template <int REGISTER>
 void load_part(const bf16* from, int64_t row, int64_t rows, int64_t elements) {
   alignas(64) bf16 whole[TILE][TILE_K] = {};
@@ -65,8 +67,9 @@ void load_part(const bf16* from, int64_t row, int64_t rows, int64_t elements) {
   load_tile<REGISTER>(whole[0], TILE_K);
 }
 
-// Adds left right to the sums of M x N tiles, where `depth` is the inner dimension and left has `rows` rows (full tiles
-// or fewer). Registers 0 to 5 hold sums, register 6 left, and register 7 right.
+// Adds left [rows, depth] right [depth, 16 N] to the sums of M x N tiles, for columns of tiles J .. N - 1. `depth` is
+// at most TILE_K, and `rows` at most 16 M. If WHOLE is set, both have these values. The matrix registers 0 to 5 contain
+// the sums, register 6 a tile of left, and register 7 a tile of right.
 template <int M, int N, bool WHOLE, int J = 0>
 EFFT_INLINE void multiply_columns(
     const bf16* left, int64_t left_row, int64_t rows, const bf16* right, int64_t right_row, int64_t depth) {
@@ -99,7 +102,7 @@ EFFT_INLINE void store_sums(float* to, int64_t row) {
   if constexpr (N > 1) store_sums<M, N - 1>(to, row);
 }
 
-// Computes C [rows, columns], which has at most M x N tiles.
+// Computes C [rows, columns] = init + A B, where C has at most M x N tiles.
 template <int M, int N, class Init, class Out>
 void matrix_tiles(
     int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows<const bf16> B, Base<Init> init, Rows<Out> C) {
@@ -131,8 +134,8 @@ void matrix_tiles(
   }
 }
 
-// Computes the same product as for other elements, but the pairs of A must be adjacent along k. It does not prefetch,
-// because prefetching did not speed it up on processors with matrix registers.
+// Computes the same product as the template in product.h. Each row of A must be contiguous (A.step is 2). The function
+// does not prefetch, because prefetching did not speed it up on processors with matrix registers.
 template <class Init, class Out>
 void product(int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows<const bf16> B, Base<Init> init,
     Rows<Out> C, Ahead&) {
@@ -153,11 +156,11 @@ void product(int64_t rows, int64_t columns, int64_t depth, Operand<bf16> A, Rows
     }
 }
 
-// Transposes 16 rows of 16 pairs each.
+// Transposes a square of 16 x 16 pairs of bf16.
 inline void transpose_pairs(Bits rows[TILE]) {
 #pragma GCC unroll 4
   for (int distance = 1; distance < LANES; distance *= 2) {
-    Ints upper{}, lower{};  // lanes from 16 on are those of the second operand
+    Ints upper{}, lower{};  // indices from 16 on denote lanes of the second operand
     for (int lane = 0; lane < LANES; ++lane) {
       upper[lane] = lane & distance ? LANES + (lane ^ distance) : lane;
       lower[lane] = lane & distance ? LANES + lane : lane ^ distance;
@@ -172,7 +175,8 @@ inline void transpose_pairs(Bits rows[TILE]) {
   }
 }
 
-// Returns the left operand of a product left^T right.
+// Returns left^T, where left is [rows, columns], as the left operand of a product that sums over the rows. The result
+// is a copy in `turned`, whose rows are contiguous and padded with zeros.
 inline Operand<bf16> transposed(
     Rows<const bf16> left, int64_t rows, int64_t columns, Buffer<bf16>& pairs, Buffer<bf16>& turned) {
   const int64_t depth = (rows + TILE_K - 1) / TILE_K * TILE_K, width = (columns + TILE - 1) / TILE * TILE;
@@ -194,7 +198,8 @@ inline Operand<bf16> transposed(
 
 #else
 
-// Returns the left operand of a product left^T right.
+// Returns left^T, where left is [rows, columns], as the left operand of a product that sums over the rows. The result
+// is a copy in `pairs`, in which every two rows of left are interleaved.
 inline Operand<bf16> transposed(
     Rows<const bf16> left, int64_t rows, int64_t columns, Buffer<bf16>& pairs, Buffer<bf16>&) {
   const int64_t depth = (rows + 1) / 2 * 2, width = (columns + LANES - 1) / LANES * LANES;

@@ -1,11 +1,12 @@
-// Computes C[i, j] = init[i, j] + sum over k of A[i, k] B[k, j], without packing, for products with one small
-// dimension.
+// Computes products in which one dimension is small: C[i, j] = init[i, j] + sum over k of A[i, k] B[k, j]. C is [M, N],
+// A is [M, K], and B is [K, N].
 //
-// One register tile serves the three shapes of a low-rank update (the product is [M, N], summed over K):
-//   h = x D, dh = gy G^T    N = rank:    B is a panel of the factor
-//   y = base + b + h G, dx = base + dh D^T    K = rank:    C is written in the same pass
-//   dG = h^T gy, dD^T = dh^T x    M = rank, K = tokens:    A is read across its rows
-// Therefore A has two strides, B and C have contiguous rows, and init may be a matrix other than C, a bias, or both.
+// The products of a low-rank update have three shapes, which the same code computes:
+//   h = x D, dh = gy G^T                    N is the rank, and B is a panel of the factor
+//   y = base + b + h G, dx = base + dh D^T  K is the rank; base and the bias b are added while C is written
+//   dG = h^T gy, dD^T = dh^T x              M is the rank and K the number of tokens; A is a transposed matrix
+// Therefore A may have any stride in both dimensions, whereas the rows of B and C are contiguous. init may be a matrix,
+// a bias, or both.
 #pragma once
 
 #include <algorithm>
@@ -15,12 +16,12 @@
 
 namespace efft::EFFT_ISA {
 
-constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;  // rows of accumulators; see TILE_LANES
-// Registers per row. TILE_ROWS * TILE_LANES accumulators, TILE_LANES registers of B and one of A fit in the register
-// file.
+// The sums of a tile of C are in registers: TILE_ROWS rows of TILE_LANES registers. These sums, TILE_LANES registers of
+// B and one register of A fit in the registers of the processor.
+constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;
 constexpr int TILE_LANES = 3;
 constexpr int64_t TILE_COLUMNS = int64_t{TILE_LANES} * LANES;
-// The number of rows of a product that are computed together, if the product has that many.
+// The number of rows of C that are computed together, if C has that many.
 #if defined(__AMX_BF16__)
 template <class E>
 constexpr int64_t ROWS_TOGETHER = std::is_same_v<E, bf16> ? 32 : TILE_ROWS;
@@ -28,12 +29,12 @@ constexpr int64_t ROWS_TOGETHER = std::is_same_v<E, bf16> ? 32 : TILE_ROWS;
 template <class E>
 constexpr int64_t ROWS_TOGETHER = TILE_ROWS;
 #endif
-// The number of rows of B (pairs of rows in bf16) per block, chosen so that 32 columns of them fit in the first-level
-// cache.
+// The number of steps of k (of pairs of steps for bf16) after which the sums are stored. It is chosen so that 32
+// columns of as many rows of B fit in the first-level cache.
 constexpr int64_t BLOCK_K = 192;
 
-// Strides are in elements. Element (i, k) of A is at i * row + k * step. In bf16, where pairs of k are adjacent, `step`
-// is the distance between pairs.
+// The left operand A. Strides are in elements. For floats, element (i, k) is at i * row + k * step. For bf16, the
+// elements (i, 2 p) and (i, 2 p + 1) are adjacent, and this pair begins at i * row + p * step.
 template <class E>
 struct Operand {
   const E* data;
@@ -41,19 +42,21 @@ struct Operand {
   int64_t step;
 };
 
+// A matrix whose rows are contiguous; `row` is the distance between rows, in elements.
 template <class T>
 struct Rows {
   T* data;
   int64_t row;
 };
 
-// The initial value of a product: a matrix, plus a bias for every row. Either may be absent.
+// The initial value of a product: a matrix, plus a bias that is added to every row. Both may be absent (null).
 template <class T>
 struct Base {
   const T* data = nullptr;
   int64_t row = 0;
   const float* bias = nullptr;
 
+  // Returns the part of the initial value that begins at element (i, j).
   Base from(int64_t i, int64_t j) const {
     return {data ? data + i * row + j : nullptr, row, bias ? bias + j : nullptr};
   }
@@ -74,7 +77,8 @@ Ahead ahead_of(const void* from, int64_t bytes, int64_t rows, int64_t columns, i
   return {static_cast<const char*>(from), std::min<int64_t>(bytes / steps, 64)};
 }
 
-// Computes sums += left * right lane by lane. In bf16, every lane holds a pair.
+// Computes sums += left * right lane by lane. For bf16, every lane of left and right contains a pair, and the products
+// of both elements are added.
 inline void multiply(float, Floats& sums, Floats left, Floats right) {
   sums += left * right;
 }
@@ -84,8 +88,8 @@ inline void multiply(bf16, Floats& sums, Floats left, Floats right) {
 }
 #endif
 
-// Copies one element to every lane. In bf16 the element is a pair; if the depth is odd, the second element of the last
-// pair is zero.
+// Returns a register with one element of A in every lane. For bf16, it has a pair in every lane. If the depth is odd,
+// the last pair is not whole, and its second element is set to zero.
 EFFT_INLINE Floats spread(const float* from, bool) {
   return splat(*from);
 }
@@ -95,7 +99,8 @@ EFFT_INLINE Floats spread(const bf16* from, bool is_whole) {
   return (Floats)(Bits{} + pair);
 }
 
-// Rows of pairs are padded, so all lanes may be read.
+// Loads `count` elements of a row of B. For bf16, it loads pairs; rows of pairs are padded, so that all lanes may be
+// read.
 EFFT_INLINE Floats row_of_right(const float* from, int count) {
   return load(from, count);
 }
@@ -103,7 +108,8 @@ EFFT_INLINE Floats row_of_right(const bf16* from, int) {
   return load(reinterpret_cast<const float*>(from));
 }
 
-// If WHOLE is false, `last` is the number of valid lanes in the last register.
+// Computes a tile of C that has M rows of N registers. If WHOLE is false, only the first `last` lanes of the last
+// register of a row belong to C.
 template <int M, int N, bool WHOLE, class E, class Init, class Out>
 void tile(int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Out> C, int last, Ahead ahead) {
   const auto lanes = [last](int64_t j) { return WHOLE || j < N - 1 ? LANES : last; };
@@ -140,6 +146,8 @@ void tile(int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Ou
     }
 }
 
+// Computes all rows of C for N registers of columns, of which the last register has `last` valid lanes. It uses tiles
+// of M rows, and smaller tiles for the remaining rows.
 template <int M, int N, class E, class Init, class Out>
 inline void down_rows(
     int64_t rows, int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Out> C, int last, Ahead& ahead) {
@@ -161,7 +169,8 @@ inline void down_rows(
   }
 }
 
-// If C contains floats, depth is processed in blocks, and partial sums are stored in C.
+// Computes C [rows, columns] = init + A B, where `depth` is the length of the sums, and advances `ahead`. If C contains
+// floats, the sums are computed in blocks of BLOCK_K steps, and C contains partial sums in between.
 template <class E, class Init, class Out>
 void product(int64_t rows, int64_t columns, int64_t depth, Operand<E> A, Rows<const E> B, Base<Init> init, Rows<Out> C,
     Ahead& ahead) {
@@ -195,8 +204,9 @@ void product(
   product(rows, columns, depth, A, B, init, C, nothing);
 }
 
-// Interleaves the rows of `from` in pairs, for E = bf16. Row p of the result [ceil(rows / 2), width, 2] contains rows
-// 2p and 2p + 1. Elements beyond the last row or column are zero. `width` must be a multiple of LANES.
+// Interleaves the rows of `from` [rows, columns] in pairs, as products of bf16 need it. Row p of the result
+// [ceil(rows / 2), width, 2] contains rows 2 p and 2 p + 1. Elements beyond the last row or column are zero. `width`
+// must be a multiple of LANES.
 template <class From>
 Rows<const bf16> interleave(Rows<const From> from, int64_t rows, int64_t columns, int64_t width, bf16* to) {
   for (int64_t i = 0; i < rows; i += 2) {

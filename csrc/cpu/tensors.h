@@ -21,27 +21,29 @@ using torch::headeronly::ScalarType;
 inline Type type_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-      "the cpu backend runs float32 and bfloat16 tensors, got another dtype");
+      "the cpu backend supports float32 and bfloat16 tensors, got another dtype");
   return type == ScalarType::Float ? Type::float32 : Type::bfloat16;
 }
 
-// Returns `t` if its rows are contiguous and do not overlap, else a contiguous copy. Rows that overlap completely, with
-// a distance of 0, are copied because the kernels interpret a row distance of 0 as strips.
+// Returns `t` if the elements of each row are contiguous and the distance between rows is not 0. Otherwise returns a
+// contiguous copy. A distance of 0 (all rows have the same memory) must be avoided, because for the kernels it means
+// that the matrix is stored in strips.
 inline Tensor with_unit_rows(const Tensor& t) {
   const bool unit = t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1;
   const bool apart = t.dim() < 2 || t.size(-2) <= 1 || t.stride(-2) != 0;
   return unit && apart ? t : torch::stable::contiguous(t);
 }
 
-// Returns the last two dimensions of `t` (whose rows must be contiguous), from element `offset` of its data on.
+// Returns the matrix of the last two dimensions of `t`, whose rows must be contiguous. The matrix begins `offset`
+// elements after the first element of `t`.
 inline Matrix matrix(const Tensor& t, int64_t offset = 0) {
   const Type type = type_of(t);
   char* data = static_cast<char*>(t.data_ptr());
   return {data + offset * (type == Type::float32 ? 4 : 2), t.dim() < 2 ? 0 : t.stride(-2), type};
 }
 
-// Returns the first element at the beginning of a cache line, so that reading a full register or tile row touches only
-// one line. `data` must have LINE more elements than are used.
+// Returns a pointer to the first element of `data` that lies at the beginning of a cache line, so that reading a full
+// register, or a row of a tile, touches only one line. `data` must have LINE more elements than are used.
 constexpr int64_t LINE = 64;
 template <class T>
 T* at_line(T* data) {
@@ -50,10 +52,10 @@ T* at_line(T* data) {
   return static_cast<T*>(std::align(LINE, LINE, at, room));
 }
 
-// The number of elements that can be reordered in about 10 us, the time that it takes to wake a thread.
+// The number of elements that a thread can reorder in about 10 us. Waking another thread takes about as long.
 constexpr int64_t WORTH_A_THREAD = 1 << 16;
 
-// Runs `op` on torch's threads.
+// Runs `op` on torch's threads, among which the columns are divided.
 inline void gather(const Gather& op) {
   constexpr int64_t width = 16;
   const int64_t grain = std::max<int64_t>(WORTH_A_THREAD / (width * std::max<int64_t>(op.rows, 1)), 1);
@@ -61,18 +63,20 @@ inline void gather(const Gather& op) {
       [&](int64_t first, int64_t last) { kernels().gather(op, first * width, std::min(op.columns, last * width)); });
 }
 
-// A factor, or its transpose, in the order in which a kernel reads it.
+// A factor, or its transpose, in the order in which a kernel reads it (see kernels.h).
 class Panel {
  public:
   enum class Order : uint8_t {
-    rows,    // rows padded with zeros to PANEL_COLUMNS; a view if the factor already has this form
-    strips,  // strips of STRIP_COLUMNS
+    rows,    // rows, padded with zeros to a multiple of PANEL_COLUMNS; not copied if the factor already has this form
+    strips,  // strips of STRIP_COLUMNS columns
   };
 
-  // Creates a panel for products in `type`, which determines the type of the panel's elements.
+  // Creates a panel for products in `type`. Its elements are bf16 pairs if products in this type need them, else
+  // floats.
   Panel(const Tensor& factor, Order order, bool transpose, Type type) : Panel(factor, order, transpose) {
     if (type != Type::bfloat16 || !kernels().pairs) return;
-    // The layout is [strips][length][unit], and every strip is interleaved separately.
+    // The panel of floats is stored as [strips, length, unit], where a panel in rows is one strip. Each strip is
+    // interleaved separately.
     const int64_t even = (length_ + 1) / 2 * 2, unit = row_ != 0 ? row_ : STRIP_COLUMNS;
     pairs_.reset(new uint16_t[even * padded_ + LINE]);
     uint16_t* const pairs = at_line(pairs_.get());
@@ -87,6 +91,7 @@ class Panel {
     });
   }
 
+  // Creates a panel of floats, which are multiplied by `scale`.
   Panel(const Tensor& factor, Order order, bool transpose, float scale = 1) : tensor_(with_unit_rows(factor)) {
     const int64_t rows = factor.size(-2), columns = factor.size(-1);
     const int64_t width = transpose ? rows : columns, length = transpose ? columns : rows;
@@ -113,7 +118,7 @@ class Panel {
   Matrix as_matrix() const { return {const_cast<float*>(data_), row_, Type::float32}; }
 
  private:
-  Tensor tensor_;  // keeps the memory of a view alive
+  Tensor tensor_;  // keeps the memory of the factor alive if it is not copied
   std::unique_ptr<float[]> copy_;
   std::unique_ptr<uint16_t[]> pairs_;
   const float* data_ = nullptr;
@@ -126,11 +131,11 @@ inline void multiply(const Tensor& out, const Tensor& left, const Tensor& right,
   const AOTITorchError failed = accumulate
                                     ? aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1, 1)
                                     : aoti_torch_cpu_mm_out(out.get(), left.get(), right.get());
-  STD_TORCH_CHECK(!failed, "torch's matrix product failed, and printed why");
+  STD_TORCH_CHECK(!failed, "torch's matrix product failed, and torch has printed the reason");
 }
 
-// Creates a tensor with torch's C interface, which takes a microsecond or two. Calling an operator by name takes about
-// ten.
+// Creates an uninitialized contiguous tensor with torch's C interface. This takes a microsecond or two, whereas calling
+// an operator by its name takes about ten.
 inline Tensor empty(
     const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<ScalarType> type = std::nullopt) {
   int32_t dtype = 0, device_type = 0, device_index = 0;
@@ -165,8 +170,8 @@ inline Tensor as_row(const Tensor& t) {
   return view(t, {1, t.size(0)}, {t.size(0), t.stride(0)});
 }
 
-// Divides the tokens among torch's threads, in full tiles. A thread is used only if it gets enough tokens to be worth
-// it.
+// Divides the tokens into one part per thread of torch. The size of a part is a multiple of 8 tokens. If there are
+// fewer than 32 tokens per thread, fewer threads are used.
 struct Parts {
   int64_t tokens, size, count;
 

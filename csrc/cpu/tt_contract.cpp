@@ -1,5 +1,5 @@
-// Implements efft::tt_contract_{fwd,bwd}.cpu. Threads work on different layers and cores in parallel or, for dV, on
-// different blocks of columns.
+// Implements efft::tt_contract_{fwd,bwd}.cpu, the contraction of the cores of a tensor train for all layers. For G and
+// dC, the threads process different layers and cores in parallel. For dV, they process different blocks of columns.
 #include <tuple>
 
 #include "tensors.h"
@@ -18,9 +18,9 @@ const bool* at(const Mask& mask, int64_t offset) {
   return mask.has_value() ? static_cast<const bool*>(mask->data_ptr()) + offset : nullptr;
 }
 
-// A tensor train with contiguous tensors. part(l, c) returns the contraction for layer l and core c.
+// The contiguous factors and masks of a tensor train. part(l, c) returns the contraction for layer l and core c.
 struct Train {
-  Tensor C, V, G;
+  Tensor C, V, G;  // G is dG in the backward pass
   Mask keep_C, keep_V;
   double scale;
   int64_t n_layers = C.size(0), n_cores = C.size(1), r1 = C.size(2), r2 = C.size(3), d_out = V.size(1);
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> tt_contract_bwd(
         kernels().contract_dC(train.part(i / train.n_cores, i % train.n_cores), to);
       }
     });
-  if (need_dV) {  // each thread owns blocks of columns and sums layers and cores in a fixed order
+  if (need_dV) {  // a thread sums its blocks of columns over layers and cores in a fixed order
     constexpr int64_t width = 192;
     const Matrix to = matrix(dV);
     torch::stable::parallel_for(0, (train.d_out + width - 1) / width, 1, [&](int64_t first, int64_t last) {
@@ -74,6 +74,7 @@ std::tuple<Tensor, Tensor> tt_contract_bwd(
         std::unique_ptr<float[]> sums(new float[train.r2 * (end - begin)]());
         for (int64_t i = 0; i < n_parts; ++i)
           kernels().contract_dV(train.part(i / train.n_cores, i % train.n_cores), begin, end, sums.get());
+        // The pointer is shifted by `begin`, because gather counts columns from the first column of dV.
         const Matrix from{sums.get() - begin, end - begin, Type::float32};
         kernels().gather({from, 1, 0, train.r2, train.d_out, 1, false, to}, begin, end);
       }

@@ -1,4 +1,5 @@
-// Implements efft::tt_gelu_linear_{fwd,bwd}.cpu: tt_linear after a GELU, which is applied block by block.
+// Implements efft::tt_gelu_linear_{fwd,bwd}.cpu, which compute a GELU followed by tt_linear. The GELU is computed for
+// one block of tokens at a time.
 #include "tt_linear.h"
 
 namespace efft {

@@ -1,11 +1,11 @@
 // Implements efft::tt_linear_{fwd,bwd}.cpu, and the functions that this op shares with tt_gelu_linear and
 // tt_norm_linear. These two include a producer, the GELU or layer norm that runs directly before the layer.
 //
-// The base product, x W^T in the forward pass and gy W in the backward pass, is computed by torch. It comes first,
-// because torch writes a new product faster than it adds a product to an existing tensor. Then our code processes all
-// blocks of tokens and adds the rank-r products: y += b + h G in the forward pass, and dx += dh D^T in the backward
-// pass. The forward pass with a producer has the reverse order, because our code then also computes the input of the
-// base product.
+// Torch computes the base product (the product with the frozen weight), which is x W^T in the forward pass and gy W in
+// the backward pass. This comes first, because torch writes a new product faster than it adds a product to an existing
+// tensor. Then our kernels process the tokens and add the rank-r products: y += b + h G in the forward pass, and
+// dx += dh D^T in the backward pass. The forward pass with a producer has the reverse order, because our kernels then
+// also compute the input of the base product.
 #include "tt_linear.h"
 
 #include <vector>
@@ -14,7 +14,7 @@ namespace efft {
 
 namespace {
 
-// A vector converted to floats; its data is null if the vector is absent.
+// An optional vector, converted to floats. data() is null if the vector is absent.
 class Vector {
  public:
   explicit Vector(const std::optional<Tensor>& from) {
@@ -27,6 +27,7 @@ class Vector {
   std::optional<Panel> panel_;
 };
 
+// Fills the fields of `op` that do not depend on the tokens.
 void describe(LowRank& op, const ProducerArguments& producer, const Tensor& D, const Tensor& G, const Vector& gamma,
     const Vector& beta) {
   op.producer = producer.kind;
@@ -149,7 +150,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     }
     kernels().backward(op, begin, end, of);
   });
-  // Shares are added in the order of the threads, so that every run returns exactly the same result.
+  // Shares are added in the order of the parts, so that every run with as many threads returns exactly the same result.
   const auto total = [&parts](
                          float* shares, int64_t size, int64_t rows, int64_t columns, bool transpose, const Tensor& to) {
     gather({{shares, 0, Type::float32}, parts.count, size, rows, columns, 1, transpose, matrix(to)});

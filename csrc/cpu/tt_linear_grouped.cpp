@@ -1,6 +1,8 @@
-// Implements efft::tt_linear_grouped{,_fwd,_bwd}.cpu. The operator for serving computes one base product for all
-// samples, then each sample with its adapter's factors. The operators for training process consecutive samples of one
-// adapter together, exactly as tt_linear computes them on their own.
+// Implements efft::tt_linear_grouped{,_fwd,_bwd}.cpu, a linear layer in which each sample has the factors of its own
+// adapter. tt_linear_grouped, the operator for serving, computes the product with the frozen weight for all samples
+// together, and then adds the update of each sample. tt_linear_grouped_fwd and _bwd, the operators for training,
+// compute consecutive samples of one adapter together, exactly as tt_linear computes them in a call of their own. If
+// the samples of an adapter are not consecutive, the backward pass first orders the samples by adapter.
 #include <cstring>
 
 #include "tt_linear.h"
@@ -35,7 +37,7 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
       op.y = {static_cast<char*>(y.data_ptr()) + i * tokens * d_out * size, d_out, type};
       op.base = op.y;
       op.b = bias ? bias->data() : nullptr;
-      if (ids[i] < 0) {  // no adapter: op has rank 0
+      if (ids[i] < 0) {  // the sample has no adapter, so that op keeps rank 0
         kernels().forward(op, 0, tokens);
         continue;
       }
@@ -51,11 +53,13 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
   return y;
 }
 
-// Consecutive samples of one adapter (negative for none), as rows of a matrix [samples * tokens, ...].
+// Consecutive samples of one adapter, which are rows begin .. begin + rows - 1 of a matrix [samples * tokens, ...]. The
+// adapter is -1 if the samples have none.
 struct Run {
   int64_t adapter, begin, rows;
 };
 
+// Divides the samples, whose adapters are `ids`, into runs. Each sample has `tokens` rows.
 std::vector<Run> runs_of(const std::vector<int64_t>& ids, int64_t tokens) {
   std::vector<Run> runs;
   for (size_t i = 0; i < ids.size(); ++i) {
@@ -66,17 +70,18 @@ std::vector<Run> runs_of(const std::vector<int64_t>& ids, int64_t tokens) {
   return runs;
 }
 
-// Returns the rows of a run of a contiguous tensor [samples, tokens, columns].
+// Returns the rows of a run as a view of a contiguous tensor [samples, tokens, columns].
 Tensor rows_of(const Tensor& t, const Run& run) {
   const int64_t columns = t.size(2);
   return view(t, {run.rows, columns}, {columns, 1}, run.begin * columns);
 }
 
-// Returns entry i of the first dimension of a matrix or a stack of matrices.
+// Returns entry i of the first dimension of a tensor.
 Tensor entry(const Tensor& t, int64_t i) {
   return torch::stable::select(t, 0, i);
 }
 
+// Returns the adapter indices, and raises an error if one of them is too large.
 std::vector<int64_t> checked_ids(const Tensor& adapter_, int64_t n_adapters) {
   const Tensor adapter = torch::stable::contiguous(adapter_);
   const auto* ids = static_cast<const int64_t*>(adapter.data_ptr());
@@ -107,8 +112,8 @@ Linear tt_linear_grouped_fwd(Tensor x_, Tensor W, std::optional<Tensor> b, Tenso
   return {y, h};
 }
 
-// Copies the samples of `from` [samples, tokens, columns], both contiguous: sample i of `to` is sample order[i] of
-// `from`, or the reverse if `back` is set.
+// Copies the samples of `from` [samples, tokens, columns] to `to` in another order; both tensors are contiguous. Sample
+// i of `to` becomes sample order[i] of `from`. If `back` is set, sample order[i] of `to` becomes sample i of `from`.
 void copy_samples(const Tensor& to, const Tensor& from, const std::vector<int64_t>& order, bool back) {
   const size_t bytes = static_cast<size_t>(from.size(1) * from.size(2)) * from.element_size();
   auto* const target = static_cast<char*>(to.data_ptr());
@@ -119,8 +124,9 @@ void copy_samples(const Tensor& to, const Tensor& from, const std::vector<int64_
   }
 }
 
-// Orders the samples so that every adapter has one run, and the sums of an adapter are rounded only once. If the
-// samples of some adapter are not consecutive, all samples are copied in the order of their adapters.
+// Orders the samples so that every adapter has only one run, and its gradients are therefore computed in one call and
+// rounded once. If the samples of every adapter are already consecutive, nothing is copied. Otherwise `ordered` copies
+// the samples in the order of their adapters, and `restored` copies them back to the original order.
 class Together {
  public:
   Together(const std::vector<int64_t>& ids, int64_t tokens) : order_(ids.size()) {

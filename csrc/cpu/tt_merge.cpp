@@ -1,4 +1,4 @@
-// Implements efft::tt_merge_.cpu: W + sign (D G)^T in float, rounded once.
+// Implements efft::tt_merge_.cpu, which computes W += sign (D G)^T in float and rounds the result once.
 #include "tensors.h"
 
 namespace efft {

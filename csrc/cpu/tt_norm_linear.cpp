@@ -1,4 +1,5 @@
-// Implements efft::tt_norm_linear_{fwd,bwd}.cpu: tt_linear after a layer norm, which is applied block by block.
+// Implements efft::tt_norm_linear_{fwd,bwd}.cpu, which compute a layer norm followed by tt_linear. The norm is computed
+// for one block of tokens at a time.
 #include "tt_linear.h"
 
 namespace efft {

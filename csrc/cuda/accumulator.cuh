@@ -1,5 +1,6 @@
-// Defines the accumulator of a block: the fp32 sums of its output tile, which are distributed over the registers of the
-// block's threads. Tiles of A and B in shared memory are multiplied and added to these sums.
+// Defines the class Accumulator, with which a block computes one tile of a product A B. It holds the fp32 sums of the
+// tile, which are distributed over the registers of the block's threads. Its member function `add` multiplies a tile of
+// A by a tile of B, which are in shared memory, and adds the product to the sums.
 #pragma once
 
 #include <type_traits>
@@ -8,15 +9,15 @@
 
 namespace efft {
 
-// The order of an operand's dimensions in shared memory. Either the output dimension (M or N) is first, or the
-// dimension that is summed over.
+// The order of an operand's dimensions in shared memory. The first dimension is either the outer one (M for A, N for
+// B), or the one that is summed over (K).
 enum class Order : uint8_t { outer_first, sum_first };
 
 template <class T, int OUTER, int K, Order ORDER>
 using Operand = std::conditional_t<ORDER == Order::outer_first, Tile<T, OUTER, K>, Tile<T, K, OUTER>>;
 
-// Computes sums [M, N] += A [M, K] B [K, N] on tensor cores, for 16-bit types. Every warp owns the sums of M / WARPS_M
-// rows and N / WARPS_N columns.
+// Computes sums [M, N] += A [M, K] B [K, N] on tensor cores, for 16-bit types. The block has WARPS_M x WARPS_N warps,
+// and each warp owns the sums of M / WARPS_M rows and N / WARPS_N columns.
 template <class T, int M_, int N_, int K_, int WARPS_M, int WARPS_N, Order ORDER_A, Order ORDER_B>
 class Accumulator {
  public:
@@ -43,7 +44,8 @@ class Accumulator {
     }
   }
 
-  // Calls f(row, column, sum, next) for pairs of sums in adjacent columns, where `column` is even.
+  // Calls f(row, column, sum, next) for every pair of sums that this thread owns. `sum` belongs to `column`, which is
+  // even, and `next` belongs to the column after it.
   template <class F>
   __device__ void each_pair(const F& f) const {
 #pragma unroll
@@ -64,7 +66,9 @@ class Accumulator {
   __device__ static int first_row() { return static_cast<int>(threadIdx.x) / 32 % WARPS_M * (M / WARPS_M); }
   __device__ static int first_column() { return static_cast<int>(threadIdx.x) / 32 / WARPS_M * (N / WARPS_N); }
 
-  // Loads a [16, 16] part of A as four matrices of 8 x 8: rows m 0-7 and 8-15 at k 0-7, then both at k 8-15.
+  // Loads the part [16, 16] of A that begins at row m and column k, as four matrices of 8 x 8 elements. The first two
+  // matrices contain rows 0 to 7 and rows 8 to 15 of columns 0 to 7 of this part. The other two contain the same rows
+  // of columns 8 to 15.
   __device__ static void load_left(uint32_t (&to)[4], const A& a, int m, int k) {
     const int matrix = lane() / 8, row = lane() % 8;
     if constexpr (ORDER_A == Order::outer_first)
@@ -72,7 +76,8 @@ class Accumulator {
     else
       load_matrices_transposed(to, a.chunk(k + matrix / 2 * 8 + row, m / 8 + matrix % 2));
   }
-  // Loads a [16, 16] part of B as four matrices of 8 x 8: k 0-7 and 8-15 at columns n 0-7, then both at n 8-15.
+  // Loads the part [16, 16] of B that begins at row k and column n, as four matrices of 8 x 8 elements in the order of
+  // load_left.
   __device__ static void load_right(uint32_t (&to)[4], const B& b, int n, int k) {
     const int matrix = lane() / 8, row = lane() % 8;
     if constexpr (ORDER_B == Order::outer_first)
@@ -84,7 +89,7 @@ class Accumulator {
   float sums_[TILES_M][TILES_N][4] = {};
 };
 
-// Computes the same for fp32 in full precision, without tensor cores.
+// The same class for fp32. It multiplies in full precision, without tensor cores.
 template <int M_, int N_, int K_, int WARPS_M, int WARPS_N, Order ORDER_A, Order ORDER_B>
 class Accumulator<float, M_, N_, K_, WARPS_M, WARPS_N, ORDER_A, ORDER_B> {
  public:
@@ -94,7 +99,7 @@ class Accumulator<float, M_, N_, K_, WARPS_M, WARPS_N, ORDER_A, ORDER_B> {
   using B = Operand<float, N, K, ORDER_B>;
 
   __device__ void add(const A& a, const B& b) {
-#pragma unroll 1  // unrolling would need registers that the sums occupy
+#pragma unroll 1  // an unrolled loop would need more registers than the sums leave free
     for (int k = 0; k < K; k += 4) {
       float left[ROWS][4], right[COLUMNS][4];
 #pragma unroll

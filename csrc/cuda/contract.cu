@@ -1,11 +1,16 @@
-// Computes G[l] = scale [C[l, 0] V | C[l, 1] V | ...] for all layers l in one launch, and dC and dV in another:
+// Contracts the cores C[l, c] [r1, r2] of all layers l with their common factor V [r2, d_out] in one launch, and
+// computes the gradients dC and dV in another launch. The result for a layer consists of one block of columns per core,
+// G[l] = [G[l, 0] | G[l, 1] | ...]. The dropout masks keep_C[l, c] [r1, r2] and keep_V[l] [r2, d_out] are 1 for
+// elements that are kept and 0 for elements that are dropped. An absent mask keeps all elements. The kernels
+// compute the following, where * multiplies matrices element by element:
 //
-//   dC[l, c] = scale keep_C[l, c] (dG[l, c] (keep_V[l] V)^T)
-//   dV       = scale sum_l keep_V[l] sum_c (keep_C[l, c] C[l, c])^T dG[l, c]
+//   G[l, c]  = scale (keep_C[l, c] * C[l, c]) (keep_V[l] * V)
+//   dC[l, c] = scale keep_C[l, c] * (dG[l, c] (keep_V[l] * V)^T)
+//   dV       = scale sum_l keep_V[l] * (sum_c (keep_C[l, c] * C[l, c])^T dG[l, c])
 //
-// The factors are tiny, and rounding errors here would go into the update of every layer. Therefore products of factors
-// of every type are computed in fp32 without tensor cores. Sums are added in a fixed order. The kernels read the
-// dropout masks directly and need no masked copies of the factors.
+// Rounding errors in G would change the update of a layer for every token, and the factors are small enough that
+// precise products are cheap. Therefore factors of every type are multiplied in fp32 without tensor cores. Sums are
+// added in a fixed order. The kernels read the masks directly, so that no masked copies of the factors are needed.
 #include "launch.h"
 #include "small_product.cuh"
 
@@ -13,7 +18,8 @@ namespace efft {
 
 namespace {
 
-// Reads elements of the masked factors. Elements outside of the matrices are zero.
+// Reads elements of the masked factors. Elements outside of the matrices are zero. Core c of layer l is identified by
+// its index l * n_cores + c.
 struct Factors : Contraction {
   __device__ explicit Factors(const Contraction& op) : Contraction(op) {}
 
@@ -28,7 +34,7 @@ struct Factors : Contraction {
   __device__ float v(int64_t layer, int64_t j, int64_t n) const {
     return j < r2 && n < d_out && keeps_v(layer, j, n) ? read(V, j * d_out + n) : 0;
   }
-  // Returns the position in G of element (i, n) of the block that belongs to core `index`, counted over all layers.
+  // Returns the position in G or dG, in elements, of element (i, n) of the block of columns that belongs to a core.
   __device__ int64_t g(int64_t index, int64_t i, int64_t n) const {
     return ((index / n_cores * r1 + i) * n_cores + index % n_cores) * d_out + n;
   }
@@ -50,7 +56,7 @@ __global__ void __launch_bounds__(Product::THREADS) contract_kernel(const __grid
   });
 }
 
-// Computes one tile of the gradient of one core, which is a sum over d_out.
+// Computes one tile of the gradient of one core. Each element is a sum over the d_out columns of V.
 __device__ void gradient_of_core(const Factors& of, const Vector& dG, void* dC, int64_t block) {
   const int64_t blocks_i = (of.r1 + Product::ROWS - 1) / Product::ROWS;
   const int64_t blocks_j = (of.r2 + Product::COLUMNS - 1) / Product::COLUMNS;
@@ -67,7 +73,7 @@ __device__ void gradient_of_core(const Factors& of, const Vector& dG, void* dC, 
   });
 }
 
-// Computes one tile of dV, which is a sum over layers, cores and r1.
+// Computes one tile of dV. Each element is a sum over all layers, their cores, and the r1 rows of each core.
 __device__ void gradient_of_right(const Factors& of, const Vector& dG, void* dV, int64_t block) {
   const int64_t blocks_n = (of.d_out + Product::COLUMNS - 1) / Product::COLUMNS;
   const int64_t j0 = block / blocks_n * Product::ROWS, n0 = block % blocks_n * Product::COLUMNS;

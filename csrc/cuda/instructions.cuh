@@ -1,6 +1,6 @@
-// Wraps the instructions for which C++ has no syntax, and defines the number formats. tests/csrc/emulation implements
-// the same functions for the CPU. It defines this file's include guard, so that the other files in this folder compile
-// for the emulator without changes.
+// Wraps the instructions for which C++ has no syntax, and defines the number formats. The emulator in
+// tests/csrc/emulation implements the same functions for the CPU. Its header defines the include guard of this file, so
+// that the other files in this folder compile for the emulator without changes.
 #ifndef EFFT_INSTRUCTIONS
 #define EFFT_INSTRUCTIONS
 
@@ -40,7 +40,8 @@ __device__ inline fp16 narrow(float value) {
   return __float2half_rn(value);
 }
 
-// Returns the dynamic shared memory of the block. The alignment is that of the swizzled tiles of tensor copies.
+// Returns the dynamic shared memory of the block. It is aligned to 1024 bytes, because tensor copies (TMA) need this
+// for swizzled tiles.
 __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char bytes[];
   return bytes;
@@ -50,8 +51,8 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Allows the next kernel of the stream to start while this kernel still runs. That kernel must then call
-// wait_for_kernel_in_front. The call has no effect unless the next kernel is launched with `dependent`.
+// Allows the next kernel of the stream to start while this kernel still runs. The next kernel must then call
+// wait_for_kernel_in_front. This has no effect unless the next kernel is launched with LaunchShape::dependent.
 __device__ inline void start_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
@@ -59,7 +60,7 @@ __device__ inline void start_next_kernel() {
 }
 
 // Waits until the previous kernel of the stream has ended and its results are visible. Before this call, a kernel that
-// was launched with `dependent` must neither read nor write memory that other kernels use.
+// was launched with LaunchShape::dependent must neither read nor write memory that other kernels use.
 __device__ inline void wait_for_kernel_in_front() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
@@ -78,7 +79,7 @@ __device__ inline void synchronize_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
-// Returns an element from the shared memory of another block of the cluster. The address is that of `own` in this
+// Returns a float from the shared memory of a block of the cluster. It has the same address there as `own` has in this
 // block.
 __device__ inline float read_shared_of(uint32_t block, const float* own) {
   uint32_t address;
@@ -89,8 +90,8 @@ __device__ inline float read_shared_of(uint32_t block, const float* own) {
 }
 
 // Sends registers asynchronously to the shared memory of another block of the cluster. They are written at the address
-// that `own` has in this block. When they arrive, their bytes are counted by the barrier of the other block whose
-// address is that of `barrier` in this block.
+// that `own` has in this block. A barrier of the other block, at the address that `barrier` has in this block, counts
+// the bytes that have arrived.
 template <int N>
 __device__ inline void send_async(uint32_t block, const uint32_t (&values)[N], uint32_t* own, const void* barrier) {
   static_assert(N == 2 || N == 4);
@@ -109,7 +110,8 @@ __device__ inline void send_async(uint32_t block, const uint32_t (&values)[N], u
 }
 #endif
 
-// Starts an asynchronous copy of 16 bytes. The first `bytes` bytes are read, and the rest is filled with zeros.
+// Starts an asynchronous copy of 16 bytes to shared memory. Only the first `bytes` bytes are read, and the rest is
+// filled with zeros.
 __device__ inline void copy_async(void* to, const void* from, int bytes) {
   asm volatile(
       "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
@@ -143,8 +145,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* r
       : "memory");
 }
 
-// Computes sums [16, 8] += a [16, 16] b [16, 8], which are distributed over the registers of a warp. T is the type of
-// the elements of a and b.
+// Computes sums [16, 8] += a [16, 16] b [16, 8]. All three matrices are distributed over the registers of a warp. T is
+// the type of the elements of a and b.
 template <class T>
 __device__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>

@@ -1,6 +1,6 @@
-// Declares the interface between the torch binding and the CUDA kernels, which does not depend on torch. Each operation
-// is a plain struct of pointers, sizes and strides. A function launches the kernels of an operation on a stream, and a
-// few more functions tell the binding which part of the work the kernels will do.
+// Declares the interface between the torch binding and the CUDA kernels, which does not depend on torch. A plain struct
+// of pointers, sizes and strides describes each operation. One function per operation launches its kernels on a stream.
+// A few more functions tell the binding which part of the work the kernels of an operation will do.
 //
 // Terms that all files in this folder use:
 // - producer: the operation that runs directly before a layer and computes its input, a GELU or a layer norm.
@@ -9,9 +9,9 @@
 // - splits: the ranges into which the tokens are divided, so that several blocks can sum over them in parallel.
 // - second generation: the kernels for compute capability 9.0 that only EFFT_SM90_GENERATION=2 selects.
 //
-// Products are named as in efft_kernels/triton/lowrank_gemm.py: Y = A B + bias + H T with H = A P. M is the number of
-// tokens and R is the rank. K and N are the widths of the layer: d_in and d_out in the forward pass, and the reverse in
-// the backward pass.
+// Matrices and sizes are named as in efft_kernels/triton/lowrank_gemm.py: Y = A B + bias + H T with H = A P. M is the
+// number of tokens of a sample, and R is the rank. In the forward pass, K is d_in and N is d_out. In the backward pass,
+// K is d_out and N is d_in.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,7 +20,7 @@
 
 namespace efft {
 
-// Loads every kernel on the current GPU, unless an earlier call has done so. Must be called before any launch.
+// Loads every kernel on the current GPU, unless an earlier call has done so. This must happen before any launch.
 cudaError_t load_kernels();
 
 enum class Type : uint8_t { float32, bfloat16, float16 };
@@ -34,8 +34,8 @@ struct Matrix {
   Type type = Type::float32;
 };
 
-// A pointer to elements, which are contiguous unless strides are passed with it. A null pointer means that the tensor
-// is absent.
+// A pointer to elements, which are contiguous unless the operation also has strides for them. A null pointer means that
+// the tensor is absent.
 struct Vector {
   const void* data = nullptr;
   Type type = Type::float32;
@@ -46,11 +46,11 @@ enum class Producer : uint8_t { none, gelu, gelu_tanh, norm };
 
 // The parameters of a layer norm, and the statistics of the rows that it normalizes.
 struct Norm {
-  Vector gamma;           // [K]; one if absent
-  Vector beta;            // [K]; zero if absent
-  float* mean = nullptr;  // [M]
-  float* rstd = nullptr;  // [M], reciprocals of the standard deviations
-  float eps = 0;
+  Vector gamma;           // [columns]; ones if absent
+  Vector beta;            // [columns]; zeros if absent
+  float* mean = nullptr;  // [rows]
+  float* rstd = nullptr;  // [rows], reciprocals of the standard deviations
+  float eps = 0;          // added to the variance
 };
 
 // Y = A B + bias + H T. If P is given, the same kernel also computes H = A P. P may be given only if
@@ -60,13 +60,14 @@ struct LowRankGemm {
   Matrix A;                 // [samples, M, K]
   Matrix B;                 // [K, N], or [N, K] if transposed
   Matrix H;                 // [samples, M, R]; written if P is given, else read
-  Matrix P;                 // stored transposed, [R, K]; null if H has already been computed
+  Matrix P;                 // [K, R], stored transposed as [R, K]; null if H has already been computed
   Matrix T;                 // [samples, R, N], or [samples, N, R] if transposed
   bool transposed = false;  // whether B and T are stored transposed
   Vector bias;              // [N]
   Matrix Y;                 // [samples, M, N]; rows need no alignment
 };
-// Returns whether the kernel for `op`, which is still without P, can compute H and is faster than a separate launch.
+// Returns whether P should be given: the kernel for `op` can compute H, and this is expected to be faster than a
+// separate launch of `project`. P itself is not read and may still be absent.
 bool lowrank_gemm_makes_h(const LowRankGemm& op);
 cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream);
 
@@ -74,29 +75,32 @@ cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream);
 struct Project {
   int64_t samples = 1, M = 0, K = 0, R = 0;
   Matrix A;  // [samples, M, K]
-  Matrix P;  // stored transposed, [samples, R, K]
+  Matrix P;  // [samples, K, R], stored transposed as [samples, R, K]
   Matrix H;  // [samples, M, R]
 };
 cudaError_t project(const Project& op, cudaStream_t stream);
 
-// dG = h^T gy and dD = x^T dh, which are sums over all tokens. The sums are computed in float and written in the types
-// factors_G and factors_D. The second generation also computes the gradients of the bias (db, the sum of gy) and of a
-// norm's parameters (dbeta, the sum of da, and dgamma, the sum of da n). Here z is the input of the norm, n is z
-// normalized, and da is the gradient of the norm's output.
+// Describes the sums over all tokens in the backward pass of a layer: dG = h^T gy and dD = x^T dh. The sums are
+// computed in float and written in the types factors_G and factors_D. The second generation also computes other sums,
+// if they are needed:
+// - db, the gradient of the bias, is the sum of gy.
+// - dbeta and dgamma are the gradients of the parameters of a layer norm that runs directly before the layer. dbeta is
+//   the sum of da, the gradient of the norm's output. dgamma is the sum of da (z - mean) rstd, where z is the input of
+//   the norm.
 struct ReduceTokens {
   int64_t tokens = 0, rank = 0;
   int64_t d_out = 0;          // 0 if dG is not needed
   int64_t d_in = 0;           // 0 if dD is not needed
-  Matrix gy;                  // [tokens, d_out]
-  Matrix h;                   // [tokens, rank]
+  Matrix gy;                  // [tokens, d_out], the gradient of the output of the layer
+  Matrix h;                   // [tokens, rank], x D
   Matrix x;                   // [tokens, d_in], the input of the layer
-  Matrix dh;                  // [tokens, rank]
+  Matrix dh;                  // [tokens, rank], gy G^T
   void* dG = nullptr;         // [rank, d_out], contiguous
   void* dD = nullptr;         // [d_in, rank], contiguous
   Type factors_G{};           // type of dG
   Type factors_D{};           // type of dD
-  int64_t splits = 1;         // number of ranges of tokens; reduce_tokens_splits returns a number that fills the GPU
-  float* partials = nullptr;  // [splits, rank * d_out + d_in * rank]; null if reduce_tokens_finishes() is true
+  int64_t splits = 1;         // number of ranges of tokens, from reduce_tokens_splits
+  float* partials = nullptr;  // [splits, rank * d_out + d_in * rank]; not used if reduce_tokens_finishes() is true
 
   int64_t summed_out = 0;  // number of columns of gy to sum; 0 if db is not needed
   float* db = nullptr;     // [summed_out]
@@ -109,9 +113,10 @@ struct ReduceTokens {
   Type type_of_dgamma{};
   Type type_of_dbeta{};
 };
-// Returns whether reduce_tokens needs no memory for partial sums and computes db, dgamma and dbeta, which only the
-// second generation does.
+// Returns whether reduce_tokens needs no memory for partial sums, and can compute db, dgamma and dbeta. This is the
+// case if the second generation runs.
 bool reduce_tokens_finishes();
+// Returns the number of ranges of tokens with which reduce_tokens fills the GPU, if there are enough tokens.
 int64_t reduce_tokens_splits(const ReduceTokens& op);
 cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream);
 
@@ -121,11 +126,11 @@ struct Produce {
   Matrix x;    // [rows, columns], in float32 or in the type of out
   Matrix out;  // [rows, columns]
   Producer producer = Producer::none;
-  Norm norm;  // mean and rstd are written
+  Norm norm;  // used only for a layer norm; mean and rstd are written
 };
 cudaError_t produce(const Produce& op, cudaStream_t stream);
 
-// Computes dx from dout, the gradient of the producer's output, and recomputes that output.
+// Computes dx, the gradient of the producer's input, from dout, the gradient of its output. Also recomputes the output.
 struct ProduceBackward {
   int64_t rows = 0, columns = 0;
   Matrix x;     // [rows, columns], in float32 or in `type`
@@ -134,21 +139,21 @@ struct ProduceBackward {
   Matrix out;   // [rows, columns], in `type`; null if not needed
   Type type{};
   Producer producer = Producer::none;
-  Norm norm;  // mean and rstd are read
+  Norm norm;  // used only for a layer norm; mean and rstd are read
 };
 cudaError_t produce_backward(const ProduceBackward& op, cudaStream_t stream);
 
-// Copies `from` to `to`, which may have another type and other strides. The columns of `to` from `columns` to to.row -
-// 1, which pad each row, are set to zero.
+// Copies `from` to `to`, which may have another type and other strides. Each row of `to` has to.row elements. Those
+// after the first `columns` elements are padding and are set to zero.
 struct Pack {
   int64_t samples = 1, rows = 0, columns = 0;
-  const void* from = nullptr;                              // [samples or adapters, rows, columns] with any strides
-  Type type{};                                             // type of `from`
-  int64_t from_sample = 0, from_row = 0, from_column = 0;  // strides of `from`
-  // [samples]: the index in `from` of the matrix that each sample of `to` receives. If the index is negative, the
-  // sample receives zeros. If the pointer is null, sample i receives matrix i.
+  const void* from = nullptr;  // [samples, rows, columns], or [adapters, rows, columns] if `adapter` is given
+  Type type{};                 // type of `from`
+  int64_t from_sample = 0, from_row = 0, from_column = 0;  // strides of `from`, which may be any
+  // [samples]: sample i of `to` receives matrix adapter[i] of `from`. If adapter[i] is negative, the sample receives
+  // zeros. If adapter[i] is not less than `adapters`, it receives NaN. If the pointer is null, it receives matrix i.
   const int64_t* adapter = nullptr;
-  int64_t adapters = 0;  // number of matrices in `from`; a sample with an index that is too large receives NaN
+  int64_t adapters = 0;  // number of matrices in `from`, if `adapter` is given
   Matrix to;             // [samples, rows, to.row], contiguous
 };
 // Several copies that one launch performs.
@@ -159,8 +164,8 @@ struct Packs {
 };
 cudaError_t pack(const Packs& all, cudaStream_t stream);
 
-// G[l] = scale [C[l, 0] V | C[l, 1] V | ...] for all layers l. A byte of 0 in a mask drops the element. All tensors are
-// contiguous.
+// G[l] = scale [C[l, 0] V | C[l, 1] V | ...] for all layers l. C and V may have dropout masks, in which a byte of 0
+// drops the element, that is, replaces it by zero. All tensors are contiguous.
 struct Contraction {
   int64_t n_layers = 0, n_cores = 0, r1 = 0, r2 = 0, d_out = 0;
   Vector C;                         // [n_layers, n_cores, r1, r2]
@@ -171,8 +176,7 @@ struct Contraction {
 };
 // Writes G [n_layers, r1, n_cores * d_out] in the type of C.
 cudaError_t contract(const Contraction& op, void* G, cudaStream_t stream);
-// Writes dC and dV in one launch, in the shapes and types of C and V. Either pointer is null if the gradient is not
-// needed.
+// Writes dC and dV in one launch, in the shapes and types of C and V. A pointer is null if the gradient is not needed.
 cudaError_t contract_backward(const Contraction& op, Vector dG, void* dC, void* dV, cudaStream_t stream);
 
 // W += sign (D G)^T, computed in float and rounded once. The matrices may have any strides.

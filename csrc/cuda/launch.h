@@ -14,11 +14,11 @@ inline int64_t ceil_div(int64_t size, int64_t block) {
   return (size + block - 1) / block;
 }
 
-// Bytes of shared memory that a block can have on every GPU from sm_80 on.
+// The bytes of shared memory that a block can have on every GPU of compute capability 8.0 or newer.
 constexpr size_t SHARED_EVERYWHERE = 99 * 1024;
 
-// An entry in the list of all kernels that this library can launch, with the dynamic shared memory of a block in bytes.
-// The list is complete as soon as the library is loaded.
+// An entry in the list of all kernels that this library can launch. `shared` is the dynamic shared memory of a block in
+// bytes. The list is complete as soon as the library is loaded.
 struct Kernel {
   const void* function;
   size_t shared;
@@ -37,11 +37,14 @@ inline const Kernel listed{reinterpret_cast<const void*>(KERNEL), SHARED};
 struct LaunchShape {
   dim3 grid;
   int threads;
-  unsigned cluster = 1;    // number of blocks per cluster, which are adjacent along x
-  bool dependent = false;  // whether the kernel may start before the previous one has ended and waits for it itself
+  unsigned cluster = 1;  // number of blocks per cluster, which are adjacent along x
+  // Whether the kernel may start before the previous kernel of the stream has ended. Such a kernel calls
+  // wait_for_kernel_in_front itself before it uses memory of other kernels.
+  bool dependent = false;
 };
 
-// Launches a kernel whose blocks have SHARED bytes of shared memory.
+// Launches a kernel whose blocks have SHARED bytes of dynamic shared memory. LIMIT is the most that the GPUs for which
+// the kernel is meant provide.
 template <auto KERNEL, size_t SHARED = 0, size_t LIMIT = SHARED_EVERYWHERE, class... Arguments>
 cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, Arguments&&... arguments) {
   static_assert(SHARED <= LIMIT, "more shared memory than a block can have");
@@ -73,7 +76,7 @@ cudaError_t launch(dim3 grid, int threads, cudaStream_t stream, Arguments&&... a
   return launch<KERNEL, SHARED, LIMIT>(LaunchShape{grid, threads}, stream, std::forward<Arguments>(arguments)...);
 }
 
-// Returns an attribute of the current GPU, or 0 if the query fails; a later launch then reports the error.
+// Returns an attribute of the current GPU. If the query fails, returns 0, and a later launch reports the error.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   cudaGetDevice(&device);

@@ -1,5 +1,5 @@
 // Loads all kernels. Otherwise CUDA would load each kernel at its first launch, which is not allowed while a graph is
-// captured. A warm-up before the capture is not enough, because it may have launched other kernels for other shapes.
+// captured. A warm-up before the capture is not enough, because with other shapes it may launch other kernels.
 #include <atomic>
 
 #include "kernels.h"
@@ -8,7 +8,7 @@
 namespace efft {
 
 cudaError_t load_kernels() {
-  static std::atomic<uint64_t> loaded{0};  // one bit per GPU; GPUs beyond 64 load at every call
+  static std::atomic<uint64_t> loaded{0};  // one bit for each of the first 64 GPUs; others load at every call
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -21,8 +21,8 @@ cudaError_t load_kernels() {
     if (exists && kernel->shared > without_asking)
       exists = cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                    static_cast<int>(kernel->shared)) == cudaSuccess;
-    // A kernel for another architecture does not exist on this GPU, and nothing launches it. The error is cleared here,
-    // so that a later call does not report it.
+    // A kernel for another architecture does not exist on this GPU and is never launched there. The error of the query
+    // is cleared here, so that a later call does not report it.
     if (!exists) cudaGetLastError();
   }
   loaded.fetch_or(bit, std::memory_order_release);

@@ -1,11 +1,12 @@
-// Computes Y = A B + bias + H T, a matrix product that adds a rank-r product in the same accumulator. It serves both
-// directions of tt_linear:
+// Computes Y = A B + bias + H T, a matrix product and a rank-r product that are summed in the same accumulator. It
+// serves both directions of tt_linear:
 //
 //   forward    y  = x W^T + b + h G      A = x,  B = W^T, H = h,  T = G
 //   backward   dx = gy W + dh D^T        A = gy, B = W,   H = dh, T = D^T
 //
-// The tail, H T, is computed by a few more steps of the main loop, which read another pair of pointers. The steps use
-// the same buffers and add to the same fp32 sums. Therefore Y is written only once, and no operands are concatenated.
+// H T is called the tail. It is computed by a few more steps of the main loop, which read H and T instead of A and B.
+// These steps use the same buffers and add to the same fp32 sums. Therefore Y is written only once, and no operands are
+// concatenated. On GPUs of compute capability 9.0, lowrank_gemm_sm90.cu computes the large 16-bit products instead.
 #include "accumulator.cuh"
 #include "launch.h"
 #include "lowrank_gemm_sm90.h"
@@ -19,8 +20,8 @@ namespace {
 // operands in one buffer. A buffer has at most 16 KiB, so that two blocks with the big tile fit on one multiprocessor
 // of sm_80.
 constexpr int STAGES = 4;
-// Consecutive blocks compute this many tiles below each other before they continue with the next column of tiles, so
-// that their operands stay in the L2 cache.
+// Consecutive blocks compute GROUP tiles below each other before they continue with the next column of tiles, so that
+// the operands of these tiles stay in the L2 cache.
 constexpr int64_t GROUP = 8;
 
 template <class T, int M, int N, int WARPS_M, int WARPS_N, bool TRANSPOSED>
@@ -115,7 +116,7 @@ cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     return launch_tiles<T, Sums<T, 64, 64, 2, 2, TRANSPOSED>>(op, stream);
   } else {
-    // With the big tile, each operand is read fewer times. With the small tile, fewer rows are enough to fill the GPU.
+    // The big tile reads each operand fewer times. The small tile fills the GPU with a smaller output.
     const bool fills = op.samples * ceil_div(op.M, 128) * ceil_div(op.N, 128) >= multiprocessors();
     if (fills) return launch_tiles<T, Sums<T, 128, 128, 2, 4, TRANSPOSED>>(op, stream);
     return launch_tiles<T, Sums<T, 64, 64, 2, 2, TRANSPOSED>>(op, stream);

@@ -1,17 +1,20 @@
-// Computes Y = A B + bias + H T with bulk tensor copies (TMA) and warp-group products (WGMMA), in one persistent,
-// warp-specialized kernel. One thread copies the operands of each step along k into a ring of buffers, and warp groups,
-// which own 64 rows each, multiply them.
+// Computes Y = A B + bias + H T, where H = A P (see LowRankGemm in kernels.h), with bulk tensor copies (TMA) and
+// warp-group products (WGMMA). The kernel is persistent: each block computes one tile of Y after another. It is also
+// warp-specialized: one thread copies the operands of each step along K into a ring of buffers, and two or three warp
+// groups, which own 64 rows of the tile each, multiply them. H T is called the tail of the product. The kernel has two
+// generations; the second is used if EFFT_SM90_GENERATION=2 selects it.
 //
-// H = A P is available in one of two ways. Up to a rank of 32, this kernel can compute H, as additional columns of the
-// product next to every tile of Y. The sums of H then become the left operand of the tail (the rank-r product H T)
-// without leaving the registers, and the blocks of the first column of tiles also store H. Otherwise another kernel has
-// already computed H, and the steps of (H, T) follow those of (A, B) through the same buffers. TMA fills elements
-// beyond the rank, and beyond every other edge, with zeros.
+// H is computed in one of two ways. Up to a rank of 32, this kernel can compute H itself, as additional columns of the
+// product next to every tile of Y. The sums of H are then rounded in the registers and become the left operand of the
+// tail, and the blocks that compute the first column of tiles also store H. Otherwise another kernel has already
+// computed H, and the steps of the tail follow those of A B: they copy H and T into the same buffers. TMA fills
+// elements beyond the rank, and beyond every other edge, with zeros.
 //
-// Blocks form pairs, which are clusters of two. The tiles of a pair are adjacent rows of tiles in one column, and each
-// block copies half of the tile of B and half of the tile of P for both blocks.
-// In the second generation, a pair that computes H has adjacent columns of tiles in one row instead. Each block copies
-// half of the tile of A for both blocks, computes half of the columns of H, and sends these to the other block.
+// Two blocks form a pair, which is a cluster. The two tiles of a pair are next to each other: they have adjacent rows
+// and the same columns of Y, and therefore the same operands B, T and P. Each block copies half of each of these
+// operands, for both blocks. There is one exception: if the second generation computes H, the two tiles have the same
+// rows and adjacent columns of Y. Then each block copies half of the tile of A for both blocks, computes half of the
+// columns of H, and sends this half to the other block.
 #include <algorithm>
 #include <cstring>
 
@@ -24,15 +27,16 @@ namespace efft {
 
 namespace {
 
-// The number of pairs of rows of tiles that are computed in one column before the next column, so that their operands
-// stay in the L2 cache.
+// In each column of tiles (or of pairs of tiles), the blocks compute 2 * GROUP rows of tiles before they continue with
+// the next column, so that the operands of these tiles stay in the L2 cache.
 constexpr int64_t GROUP = 8;
 
-// The tiles of one block. The pair of a block takes pairs of tiles in turn, one tile for each of its blocks.
+// Describes how the output is divided into pairs of tiles, and the product of a tile into steps. The pairs of blocks
+// compute the pairs of tiles in turn, and each block of a pair computes one of the two tiles.
 struct Tiles {
-  int rows, columns;  // number of rows and columns of pairs of tiles in the output
-  int main_steps, steps;
-  int last_depth;  // depth of the last step of the tail, in units of 16 columns of H
+  int rows, columns;      // number of rows and columns of pairs of tiles in the output
+  int main_steps, steps;  // number of steps for A B, and for A B and the tail together
+  int last_depth;         // depth of the last step of the tail, in units of 16 columns of H
 
   template <class P>
   static Tiles of(const LowRankGemm& op) {
@@ -43,7 +47,8 @@ struct Tiles {
         main_steps + blocks(op.R, typename P::K{}), (blocks(op.R, 16) - 1) % 4 + 1};
   }
   __host__ __device__ int count() const { return rows * columns; }
-  // Sets m and n to the row and the column of tiles in which this block's tile lies.
+  // Sets m and n to the row and the column, counted in tiles, of this block's tile. `tile` is the number of the pair of
+  // tiles.
   template <class P>
   __device__ void place(int tile, int& m, int& n) const {
     constexpr int group = static_cast<int>(P::SHARES_H ? PAIR * GROUP : GROUP);
@@ -55,7 +60,8 @@ struct Tiles {
   }
 };
 
-// A position in the ring of buffers, and the parity of the number of rounds.
+// A position in the ring of buffers, and the parity of the number of rounds that are completed. The barriers of the
+// buffers distinguish successive rounds by this parity.
 struct Place {
   int stage = 0;
   uint32_t round = 0;
@@ -68,8 +74,8 @@ struct Place {
   }
 };
 
-// Prefetches the tensor maps into their cache. This needs no waiting, because the maps are parameters of this kernel
-// and no earlier kernel can change them.
+// Prefetches the tensor maps into their cache. This is allowed before the previous kernel has ended, because the maps
+// are parameters of this kernel, which no other kernel writes.
 template <class P>
 __device__ void prefetch_maps(const Operands<P>& from) {
   prefetch_tensor_map(from.A.get_tma_descriptor());
@@ -78,6 +84,7 @@ __device__ void prefetch_maps(const Operands<P>& from) {
   prefetch_tensor_map(P::RANKS > 0 ? from.factor.get_tma_descriptor() : from.H.get_tma_descriptor());
 }
 
+// Copies the operands of every step of this block's tiles into the ring of buffers. One thread calls this function.
 template <class P>
 __device__ void copy_tiles(
     const Operands<P>& from, const LowRankGemm& op, const Tiles& tiles, typename P::Shared& shared) {
@@ -98,7 +105,7 @@ __device__ void copy_tiles(
   auto to_a = part_a.partition_D(a);
   auto to_h = part_h.partition_D(a);
   auto to_b = part_b.partition_D(b);
-  // Returns a copy to both blocks of the pair or, if the pair shares H, only to this block.
+  // Returns a copy of B, T or P to both blocks of the pair or, if each block computes half of H, only to this block.
   const auto shared_copy = [&](const auto& copy, uint64_t& barrier) {
     if constexpr (P::SHARES_H)
       return copy.with(barrier);
@@ -150,9 +157,9 @@ __device__ void write_pair(Out* to, float first, float second) {
   *reinterpret_cast<Pair<Out>*>(to) = {narrow<Out>(first), narrow<Out>(second)};
 }
 
-// Rounds the sums of 16 rows and P::N columns that a warp holds, and writes them 16 bytes at a time. Of every 8
-// columns, a thread holds 2 adjacent ones in rows r and r + 8. `rows` is memory in which the warp rearranges the
-// elements.
+// Adds the bias to the sums of 16 rows and P::N columns that a warp holds, rounds them, and writes them to Y, 16 bytes
+// at a time. Of every 8 columns, a thread holds 2 adjacent ones in rows r and r + 8. `rows` is shared memory in which
+// the warp rearranges the elements.
 template <class P, class Out, class Sums>
 __device__ void write_rows(const LowRankGemm& op, int64_t row, int64_t column, const Sums& sums, Out* rows) {
   const int lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, c = lane % 4;
@@ -192,6 +199,8 @@ __device__ void write_rows(const LowRankGemm& op, int64_t row, int64_t column, c
   }
 }
 
+// Multiplies the copied operands and writes this block's tiles of Y, and H if the kernel computes it. All threads of
+// the multiplying warp groups call this function.
 template <class P, class Out>
 __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typename P::Shared& shared) {
   const int thread = static_cast<int>(threadIdx.x) - 128, warp = thread / 32, lane = thread % 32;
@@ -243,14 +252,15 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
         }
       }
       warpgroup_commit_batch();
-      warpgroup_wait<1>();  // waits for the previous step, whose buffers are then free
+      warpgroup_wait<1>();  // waits for the products of the previous step, whose buffer is then free
       warpgroup_fence_operand(y);
       if constexpr (P::RANKS > 0) warpgroup_fence_operand(h);
       if (last >= 0) release(last);
       last = place.stage;
       place.next();
     };
-    // In the second generation the last step of the tail is only as deep as the rank needs.
+    // If H has already been computed, the last step of the tail has the full depth in the first generation. In the
+    // second generation, it is only as deep as the rank needs, rounded up to a multiple of 16.
     const bool is_short = P::SECOND && P::RANKS == 0 && tiles.last_depth < 4;
     const int whole_steps = P::RANKS > 0 ? tiles.main_steps : is_short ? tiles.steps - 1 : tiles.steps;
     for (int step = 0; step < whole_steps; ++step) multiply_step(_4{});
@@ -265,7 +275,8 @@ __device__ void multiply_tiles(const LowRankGemm& op, const Tiles& tiles, typena
       warpgroup_fence_operand(h);
       release(last);
       Tensor pairs = recast<uint32_t>(h_left);
-      // Columns beyond the rank are set to zero, because an infinity in A makes them NaN.
+      // Columns of H beyond the rank are set to zero. They are sums of products with zeros, which are NaN if A contains
+      // an infinity.
       const auto rounded = [&](int i, int64_t first) {
         return static_cast<typename P::T>(first + 8 * (i / 4) + 2 * (lane % 4) + i % 2 < op.R ? h(i) : 0.0f);
       };
@@ -344,12 +355,12 @@ __global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_sm90_kernel(
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<P::GROUPS == 3 ? 32 : 40>();
     if (threadIdx.x == 0) copy_tiles<P>(from, op, tiles, shared);
-    __syncwarp();  // waits for lane 0, because complete warps must reach the barrier of the cluster below
+    __syncwarp();  // waits for lane 0, because all lanes of a warp must reach the barrier of the cluster below together
   } else {
     cutlass::arch::warpgroup_reg_alloc<P::GROUPS == 3 ? 160 : 232>();
     multiply_tiles<P, Out>(op, tiles, shared);
   }
-  // This block must not end yet, because the other block of the pair may still arrive at its barriers.
+  // This block must not end yet, because the other block of the pair may still arrive at this block's barriers.
   cluster_arrive();
   cluster_wait();
 }
@@ -358,7 +369,7 @@ template <class P, class Out>
 cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
   const int M = static_cast<int>(op.M), N = static_cast<int>(op.N), K = static_cast<int>(op.K),
             R = static_cast<int>(op.R);
-  const Matrix& factor = P::RANKS > 0 ? op.P : op.T;  // a tensor map must describe some tensor, even if it is not used
+  const Matrix& factor = P::RANKS > 0 ? op.P : op.T;  // without P, the unused map must still describe some tensor
   const Operands<P> from{P::copy_left(op.A, M, K), P::copy_a(op.H, M, R), P::copy_b(op.B, N, K), P::copy_b(op.T, N, R),
       P::copy_p(factor, R, P::RANKS > 0 ? K : R)};
   const TmaDescriptor none{};  // a map stays empty if the driver rejects the tensor
@@ -372,7 +383,9 @@ cudaError_t launch_product(const LowRankGemm& op, cudaStream_t stream) {
       shape, stream, from, op, tiles);
 }
 
-// Returns the time of all waves of tiles, in units of the time for one element of the output.
+// Returns an estimate of the time of a product with tiles [rows, columns]: the number of waves, in each of which every
+// pair of blocks computes one pair of tiles, times the number of elements of a tile. If `shares_h` is set, the two
+// tiles of a pair have the same rows, else the same columns.
 int64_t wave_cost(const LowRankGemm& op, int64_t rows, int64_t columns, bool shares_h) {
   const int64_t pairs = ceil_div(op.M, (shares_h ? 1 : PAIR) * rows) * ceil_div(op.N, (shares_h ? PAIR : 1) * columns);
   return ceil_div(pairs, multiprocessors() / PAIR) * rows * columns;
@@ -397,7 +410,8 @@ cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
   if (!is_second_generation())
     return op.P.data ? launch_order<T, Out, MADE_RANKS, false>(op, stream) : launch_order<T, Out, 0, false>(op, stream);
   if (!op.P.data) return launch_order<T, Out, 0, true>(op, stream);
-  // With half as many columns of H, each tile has 16 fewer of 256 + 32 columns to compute, 5.6 % (of 192 + 32, 7.1 %).
+  // Each block computes half of the columns of H: 16 columns, or 8 if the rank is at most 16. In the latter case, a
+  // tile with 256 columns of Y has 256 + 8 columns to compute instead of 256 + 16, which is 2.9 % less.
   return op.R <= MADE_RANKS / 2 ? launch_order<T, Out, MADE_RANKS / 2, true>(op, stream)
                                 : launch_order<T, Out, MADE_RANKS, true>(op, stream);
 }
@@ -405,8 +419,10 @@ cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
 }  // namespace
 
 bool lowrank_gemm_sm90_makes_h(const LowRankGemm& op) {
-  // A block that shares H has memory for only one half from the other block. The memory is free again after as many
-  // steps as the ring has buffers, so that a product must have at least that many.
+  // In the second generation, a block has memory for only one half of H from the other block. The other block sends its
+  // half for the next tile after the product A B of that tile. If this product has at least as many steps as the ring
+  // has buffers, the other block can finish it only after this block has released all buffers of the current tile. This
+  // block has then also read the half of H for the current tile.
   const bool pays = is_second_generation() ? op.K > (STAGES - 1) * 64 : op.N <= MADE_BESIDE;
   return op.R <= MADE_RANKS && pays;
 }
@@ -416,7 +432,7 @@ bool lowrank_gemm_sm90_takes(const LowRankGemm& op) {
   const bool one_type = op.Y.type == op.A.type && (!op.bias.data || op.bias.type == op.A.type);
   const bool sizes = op.samples == 1 && op.N % 8 == 0 && op.R > 0 && op.K > 0 && op.M < most && op.N < most &&
                      op.K < most && op.Y.row % 8 == 0;
-  // The rows of a tensor for TMA must not overlap.
+  // TMA requires that the rows of a matrix do not overlap.
   const bool rows = op.A.row >= op.K && op.H.row >= op.R && op.B.row >= (op.transposed ? op.K : op.N) &&
                     op.T.row >= (op.transposed ? op.R : op.N);
   const bool fills = multiprocessors() >= PAIR && ceil_div(op.M, 128) * ceil_div(op.N, 256) >= multiprocessors() / PAIR;

@@ -1,19 +1,20 @@
-// Declares lowrank_gemm with the instructions that only compute capability 9.0 has.
+// Declares the version of lowrank_gemm (see kernels.h) that uses instructions of compute capability 9.0.
 #pragma once
 
 #include "kernels.h"
 
 namespace efft {
 
-// The largest number of columns of H that the kernel computes itself, and the largest number of columns of Y for which
-// this is faster in the first generation. With more columns of Y, computing H next to every tile took longer on an H100
-// than a separate pass over A.
+// The kernel can compute H itself if H has at most MADE_RANKS columns. The first generation of the kernel (the default)
+// does so only if Y has at most MADE_BESIDE columns. For wider Y, computing H again for each column of tiles took
+// longer on an H100 than computing H in a separate kernel. The second generation does so only if K is greater than 192.
 constexpr int MADE_RANKS = 32, MADE_BESIDE = 2048;
 
-// Returns whether the kernel should compute H itself.
+// Returns whether the kernel should compute H itself, instead of a separate launch of `project`.
 bool lowrank_gemm_sm90_makes_h(const LowRankGemm& op);
-// Returns whether the kernel can compute this product and has enough tiles to fill the GPU. It needs one sample, 16-bit
-// types for all operands, and an N that is a multiple of 8.
+// Returns whether the kernel can compute this product and has enough tiles to fill the GPU. The kernel needs a single
+// sample, positive K and R, the same 16-bit type for all operands and Y, an N that is a multiple of 8, and aligned rows
+// of Y.
 bool lowrank_gemm_sm90_takes(const LowRankGemm& op);
 cudaError_t lowrank_gemm_sm90(const LowRankGemm& op, cudaStream_t stream);
 

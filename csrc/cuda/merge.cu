@@ -1,5 +1,6 @@
 // Computes W += sign (D G)^T. Products and sums are in fp32, the result is rounded once, and no temporary tensor has
-// the size of W. Because merging happens only before export, the kernel accepts any strides and uses no tensor cores.
+// the size of W. Weights are rarely merged. Therefore the kernel need not be fast: it accepts any strides and uses no
+// tensor cores.
 #include "launch.h"
 #include "small_product.cuh"
 

@@ -1,8 +1,8 @@
-// Computes the producer of a layer (the GELU or layer norm that runs directly before the layer), forward and backward,
-// in kernels of its own. The GELU is computed element by element, the layer norm with one warp per row. The forward
-// kernel writes the producer's output, which the layer's products read. The backward kernel computes the gradient of
-// the producer's input from the gradient of the output. It also recomputes the output, which therefore need not be
-// saved for the backward pass.
+// Computes the forward and backward passes of the producer of a layer (the GELU or layer norm that runs directly before
+// the layer) in separate kernels. The GELU is computed element by element, the layer norm with one warp per row. The
+// forward kernel writes the producer's output, which the layer's products read. The backward kernel computes the
+// gradient of the producer's input from the gradient of the output. It also recomputes the output, which therefore need
+// not be saved for the backward pass.
 //
 // The producer is not computed inside the products, because its arithmetic there costs more than a separate pass over
 // memory. On an H100, the sums over tokens took six times as long when they applied a GELU to the values that they
@@ -15,7 +15,7 @@ namespace efft {
 namespace {
 
 constexpr int WARPS = 4, THREADS = WARPS * 32;
-constexpr float DENSITY_AT_ZERO = 0.3989422804014327f;  // 1 / sqrt(2 pi), for the normal distribution
+constexpr float DENSITY_AT_ZERO = 0.3989422804014327f;  // of the standard normal distribution, 1 / sqrt(2 pi)
 constexpr float TANH_SCALE = 1.5957691216057308f;       // 2 sqrt(2 / pi)
 
 // The value of the GELU at one point, and its derivative there.
@@ -61,8 +61,8 @@ struct alignas(16) Elements {
   T values[EACH];
 };
 
-// Loads elements k .. k + 7 of a row, and sets those beyond the last column to zero. The rows of the matrix must be
-// aligned.
+// Loads elements k .. k + 7 of a row, converted to floats, and sets those beyond the last column to zero. The rows of
+// the matrix must be aligned to 16 bytes.
 template <class T>
 __device__ void load(float (&to)[EACH], const Matrix& from, int64_t row, int64_t k, int64_t columns) {
   const T* const at = static_cast<const T*>(from.data) + row * from.row + k;
@@ -92,8 +92,9 @@ __device__ void store(const float (&from)[EACH], const Matrix& to, int64_t row, 
   }
 }
 
-// Stores in the type of the matrix. dx needs this, because it has the type of the caller's x, which may be any of the
-// three. If that is neither float nor the type of the products, the kernel reads x from a copy in float.
+// Stores elements k .. k + 7 of a row in the type of the matrix `to`, which may be any of the three types. dx needs
+// this, because it has the type of the x that the caller passed. If this type is neither float nor the type of the
+// products, the kernel reads a copy of x in float.
 __device__ void store_in_own_type(
     const float (&from)[EACH], const Matrix& to, int64_t row, int64_t k, int64_t columns) {
   if (to.type == Type::float32) return store<float>(from, to, row, k, columns);
@@ -101,7 +102,8 @@ __device__ void store_in_own_type(
   store<fp16>(from, to, row, k, columns);
 }
 
-// Loads elements of gamma or beta. If the tensor is absent, or beyond the last column, they are `absent`.
+// Loads elements k .. k + 7 of gamma or beta. Elements beyond the last column, and all elements if the tensor is
+// absent, are set to `absent`.
 __device__ void load(float (&to)[EACH], const Vector& from, int64_t k, int64_t columns, float absent) {
 #pragma unroll
   for (int i = 0; i < EACH; ++i) to[i] = from.data && k + i < columns ? read(from, k + i) : absent;
@@ -149,7 +151,7 @@ __device__ void each_of_row(const Matrix& x, int64_t row, int64_t columns, const
   }
 }
 
-// Writes the output of the norm for one row.
+// Computes and writes the output of the norm for one row, whose mean and rstd are known.
 template <class X, class T>
 __device__ void put_out_norm(
     const Matrix& x, const Matrix& out, const Norm& norm, int64_t row, int64_t columns, float mean, float rstd) {
@@ -163,8 +165,9 @@ __device__ void put_out_norm(
   });
 }
 
-// Reads each row three times, of which two reads hit the cache. The second read is for the variance, because computing
-// it from the mean of the squares would cancel digits.
+// Reads each row three times; the second and the third time, it is usually in the cache. The first read is for the
+// mean, the second for the variance, and the third for the output. The variance needs its own read, because the
+// difference between the mean of the squares and the square of the mean would lose digits.
 template <class X, class T>
 __global__ void __launch_bounds__(THREADS) norm_kernel(const __grid_constant__ Produce op) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
@@ -189,8 +192,9 @@ __global__ void __launch_bounds__(THREADS) norm_kernel(const __grid_constant__ P
   put_out_norm<X, T>(op.x, op.out, op.norm, row, op.columns, mean, rstd);
 }
 
-// Computes dx = rstd (g - mean(g) - n mean(g n)) with g = gamma dout and n = (x - mean) rstd. With a minimum of only 4
-// blocks per multiprocessor in the launch bounds, the compiler has enough registers to avoid spills.
+// Computes dx = rstd (g - mean(g) - n mean(g n)) with g = gamma dout and n = (x - mean) rstd, and writes the output of
+// the norm again if it is needed. The launch bounds demand only 4 blocks per multiprocessor, so that the compiler has
+// enough registers to avoid spills.
 template <class X, class T>
 __global__ void __launch_bounds__(THREADS, 4) norm_backward_kernel(const __grid_constant__ ProduceBackward op) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
@@ -206,7 +210,7 @@ __global__ void __launch_bounds__(THREADS, 4) norm_backward_kernel(const __grid_
       load(gamma, op.norm.gamma, k, op.columns, 1.0f);
 #pragma unroll
       for (int j = 0; j < EACH; ++j) {
-        g[j] *= gamma[j];  // g[j] is zero beyond the row
+        g[j] *= gamma[j];  // g[j] is zero beyond the last column
         values[j] = (values[j] - mean) * rstd;
       }
       f(values, g, k);

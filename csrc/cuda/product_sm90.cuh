@@ -1,4 +1,5 @@
-// Defines the types of the product in lowrank_gemm_sm90.cu: instructions, layouts in shared memory, and tensor maps.
+// Defines the types for the product in lowrank_gemm_sm90.cu, Y = A B + bias + H T with H = A P: instructions, layouts
+// in shared memory, and tensor maps (descriptors of matrices for the copy instructions of TMA).
 #pragma once
 
 // clang-format off: CuTe must come before the other headers of CUTLASS, which do not compile without it
@@ -14,13 +15,17 @@ namespace efft {
 
 using namespace cute;  // NOLINT: only lowrank_gemm_sm90.cu includes this file
 
-// The number of blocks in a pair, and the number of buffers in the ring.
+// The number of blocks in a pair, and the number of buffers in the ring through which operands are copied.
 constexpr int PAIR = 2, STAGES = 4;
 constexpr size_t SHARED_OF_SM90 = 227 * 1024;
 
-// The product that a block computes. T is the type of its operands (a type of CUTLASS), and TRANSPOSED says whether B
-// and T are stored as [N, K]. GROUPS is the number of warp groups that multiply. RANKS is the number of columns of H
-// that the kernel computes, or 0 if H has already been computed. SECOND selects the second generation of kernels.
+// The product that a block computes for one tile of Y.
+// - The type T is that of the operands, a type of CUTLASS.
+// - TRANSPOSED states whether the matrices B and T are stored transposed, as [N, K] and [N, R].
+// - GROUPS is the number of warp groups that multiply; each owns 64 rows of the tile.
+// - COLUMNS is the number of columns of the tile.
+// - RANKS is the largest number of columns of H that the kernel can compute, or 0 if it reads H.
+// - SECOND selects the second generation of the kernel.
 template <class T_, bool TRANSPOSED, int GROUPS_, int COLUMNS, int RANKS_, bool SECOND_>
 struct Product {
   using T = T_;
@@ -50,8 +55,8 @@ struct Product {
   using LayoutP = decltype(tile_to_shape(AtomK{}, Shape<R, K, Int<STAGES>>{}));
   static constexpr int BYTES_A = M{} * K{} * sizeof(T), BYTES_B = N{} * K{} * sizeof(T),
                        BYTES_P = RANKS == 0 ? 0 : R{} * K{} * sizeof(T);
-  // The size of the memory in which a warp rearranges rows of the output, 32 columns at a time. The 8 additional
-  // elements put the rows in different banks.
+  // A warp rearranges rows of the output in shared memory, OUT_COLUMNS columns at a time. There, a row has 8 additional
+  // elements, so that the elements of a column are in different banks.
   static constexpr int OUT_COLUMNS = 32, OUT_ROW = OUT_COLUMNS + 8;
 
   struct alignas(1024) Shared {
@@ -59,7 +64,8 @@ struct Product {
     array_aligned<T, cosize_v<LayoutB>, 1024> b;
     array_aligned<T, RANKS == 0 ? 8 : cosize_v<LayoutP>, 1024> p;
     alignas(16) T out[4 * GROUPS][16 * OUT_ROW];
-    // The half of H that the other block computes, and barriers that signal when each warp has received its part of it.
+    // The half of H that the other block computes, and one barrier per warp, which signals that the warp's part of this
+    // half has arrived.
     alignas(16) uint32_t other_half[SHARES_H ? THREADS - 128 : 1][SHARES_H ? HALF : 1];
     cutlass::arch::ClusterTransactionBarrier has_half[4 * GROUPS];
     cutlass::arch::ClusterTransactionBarrier full[STAGES];
@@ -85,7 +91,7 @@ struct Product {
     const auto matrix = [&] {
       if constexpr (TRANSPOSED)
         return by_rows(of, columns, depth);
-      else  // B is stored as [K, N], and the tensor map needs [N, K]
+      else  // the matrix is stored as [K, N], and the tensor map describes it as [N, K]
         return make_tensor(make_gmem_ptr(static_cast<const T*>(of.data)),
             make_layout(make_shape(columns, depth), make_stride(_1{}, of.row)));
     }();

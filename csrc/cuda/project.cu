@@ -1,5 +1,5 @@
-// Computes H = A P, a product whose right side has only as many columns as the rank. The kernel reads A once for every
-// 128 columns, and therefore only once for ranks up to 128.
+// Computes H = A P, where the number of columns of P and H is the rank. The kernel reads A once for every 128 columns
+// of H, and therefore only once for ranks up to 128.
 #include <algorithm>
 
 #include "accumulator.cuh"
@@ -17,7 +17,7 @@ using Sums = Accumulator<T, ROWS, RANKS, 128 / sizeof(T), WARPS, 1, Order::outer
 template <class T, int RANKS>
 struct Layout {
   using Tiles = Sums<T, RANKS>;
-  static constexpr int STAGES = RANKS < 128 ? 3 : 2;  // number of buffers, limited by the shared memory
+  static constexpr int STAGES = RANKS < 128 ? 3 : 2;  // number of buffers in a ring, limited by the shared memory
   static constexpr int STAGE = Tiles::A::BYTES + Tiles::B::BYTES;
   static constexpr int BYTES = STAGES * STAGE;
 };
@@ -56,7 +56,9 @@ __global__ void __launch_bounds__(WARPS * 32) project_kernel(const __grid_consta
   Tiles sums;
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    __syncthreads();  // the tiles of this step have arrived, and no thread reads the previous tiles
+    // After this barrier, the tiles of this step have arrived, and no thread reads the tiles of the previous step any
+    // more. The next line starts the copies that overwrite those tiles.
+    __syncthreads();
     fetch_step(step + STAGES - 1);
     sums.add(left(step), right(step));
   }

@@ -1,10 +1,20 @@
-// Computes dG = h^T gy, dD = x^T dh, db, dgamma and dbeta, which are all the sums over tokens that a layer needs, in
-// one launch. This is the second generation of reduce_tokens.cu, for compute capability 9.0.
+// Computes in one launch all sums over tokens that the backward pass of an adapted layer needs:
 //
-// The tokens are divided into ranges ("splits"). Every block processes a group of 64 columns of gy, x or da in one
-// range, and the blocks of one group form a cluster. Each block first leaves its sums in its shared memory. Then every
-// block adds up some of the elements over all blocks of the cluster, in the order of the ranges, and rounds once.
-// Therefore no partial sums go through global memory, and no addition is atomic.
+// - dG = h^T gy and dD = x^T dh are the gradients of the factors D and G. x is the input of the layer, gy is the
+//   gradient of its output, h = x D, and dh = gy G^T.
+// - db, the gradient of the bias, is the sum of gy.
+// - dgamma and dbeta are the gradients of the parameters of a layer norm that runs directly before the layer. They are
+//   sums over da, the gradient of the norm's output.
+//
+// This is the second generation of reduce_tokens.cu: it runs on GPUs of compute capability 9.0 if
+// EFFT_SM90_GENERATION=2 selects it.
+//
+// Blocks form clusters, and a block can read the shared memory of the other blocks in its cluster. Each cluster
+// computes the sums for 64 columns of gy, x or da (and for at most 128 ranks). The tokens are divided into ranges
+// ("splits"), one per block of the cluster. First, each block stores the sums over its range in its own shared memory.
+// Then the elements of the result are divided among the blocks. For each of its elements, a block adds the sums of all
+// blocks in the order of the ranges, and rounds once. Therefore no partial sums go through global memory, and no
+// addition is atomic.
 #include <algorithm>
 
 #include "accumulator.cuh"
@@ -16,10 +26,10 @@ namespace efft {
 namespace {
 
 constexpr int COLUMNS = 64, STAGES = 4, WARPS = 4, THREADS = WARPS * 32;
-constexpr int64_t MOST_SPLITS = 8;     // the largest cluster that is portable across GPUs
-constexpr int64_t LEAST_TOKENS = 256;  // the least number of tokens in a range
-// The length of a row of sums in shared memory. It has one element more than columns, which puts a column of sums in
-// different banks.
+constexpr int64_t MOST_SPLITS = 8;     // the largest number of blocks per cluster that every GPU with clusters supports
+constexpr int64_t LEAST_TOKENS = 256;  // the number of tokens divided by this, rounded up, limits the number of ranges
+// The distance between two rows of sums in shared memory. It is one more than the number of columns, so that the
+// elements of a column are in different banks.
 constexpr int ROW = COLUMNS + 1;
 
 // The number of tokens that one step of the main loop processes.
@@ -29,7 +39,7 @@ constexpr int TOKENS = 128 / sizeof(T);
 template <class T, int RANKS>
 using Sums = Accumulator<T, COLUMNS, RANKS, TOKENS<T>, WARPS, 1, Order::sum_first, Order::sum_first>;
 
-// The number of elements that a thread reads at a time.
+// The number of elements in 16 bytes, which a thread reads at a time.
 template <class T>
 constexpr int EACH = 16 / sizeof(T);
 template <class T>
@@ -37,7 +47,7 @@ struct alignas(16) Elements {
   T values[EACH<T>];
 };
 
-// ACROSS threads read one row of 64 columns, so that a block reads DOWN rows at a time.
+// To sum columns, ACROSS threads read one row of 64 columns, so that a block reads DOWN rows at a time.
 template <class T>
 constexpr int ACROSS = COLUMNS / EACH<T>;
 template <class T>
@@ -47,19 +57,21 @@ template <class T, int RANKS>
 struct Layout {
   using Tiles = Sums<T, RANKS>;
   static constexpr int STAGE = Tiles::A::BYTES + Tiles::B::BYTES;
-  // After the last step, the sums replace the copies in shared memory: one row per rank, one row for the sums of the
-  // columns, and the parts of the latter that different threads have added up.
+  // During the main loop, the shared memory contains STAGES buffers for the copied operands. After the last step, it
+  // contains RANKS + 1 rows of sums instead: one row of the product per rank, and one row of column sums. After these
+  // rows it has room for the parts of column sums, one row for each of the DOWN threads that sum a column. There are
+  // two groups of parts, because sum_columns computes two kinds of column sums.
   static constexpr int ROWS = RANKS + 1, PARTS = 2 * DOWN<T>;
   static constexpr int BYTES = std::max(STAGES * STAGE, (ROWS + PARTS) * ROW * 4);
 };
 
-// The columns and tokens over which one block sums.
+// The part of the work that one block does: it sums tokens begin .. end - 1 of 64 columns, from `column` on.
 struct Range {
-  int64_t column, begin, end;  // first column; tokens begin .. end - 1
-  uint32_t split, splits;
+  int64_t column, begin, end;
+  uint32_t split, splits;  // the index of the range of tokens, and the number of ranges
 };
 
-// Computes one row of sums by adding the rows of `parts` [DOWN, ROW] in order.
+// Adds the DOWN rows of `parts` [DOWN, ROW] in order, and stores the sums in `row` [ROW].
 template <class T>
 __device__ void add_parts(float* row, const float* parts) {
   const int column = static_cast<int>(threadIdx.x);
@@ -69,8 +81,9 @@ __device__ void add_parts(float* row, const float* parts) {
   row[column] = sum;
 }
 
-// Computes thin^T wide over this block's tokens in `sums` [RANKS, ROW]. If `adds` is set, the next row receives the
-// sums of the columns of `wide`.
+// Computes thin^T wide over this block's range of tokens, for 64 columns of `wide` (gy or x) and RANKS columns, from
+// `rank` on, of `thin` (h or dh). The product is stored in the first RANKS rows of `sums` [RANKS + 1, ROW]. If `adds`
+// is set, the last row receives the sums of the columns of `wide`.
 template <class T, int RANKS>
 __device__ void sum_products(
     const Source<T>& wide, const Source<T>& thin, const Range& range, int64_t rank, bool adds, float* sums) {
@@ -97,7 +110,9 @@ __device__ void sum_products(
   Tiles product;
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    __syncthreads();  // the tiles of this step have arrived, and no thread reads the previous tiles
+    // After this barrier, the tiles of this step have arrived, and no thread reads the tiles of the previous step any
+    // more. The next line starts the copies that overwrite those tiles.
+    __syncthreads();
     fetch_step(step + STAGES - 1);
     product.add(left(step), right(step));
     if (!adds) continue;
@@ -121,8 +136,8 @@ __device__ void sum_products(
   add_parts<T>(sums + RANKS * ROW, parts);
 }
 
-// Loads elements at .. at + N - 1 of a row as floats, and sets those beyond the last column to zero. The row must begin
-// at a multiple of 16 bytes.
+// Loads the N elements of a row from element `at` on, converted to floats, and sets those beyond the last column to
+// zero. The address of the first element must be a multiple of 16 bytes.
 template <class X, int N>
 __device__ void load(float (&to)[N], const X* row, int64_t at, int64_t columns) {
 #pragma unroll
@@ -138,8 +153,9 @@ __device__ void load(float (&to)[N], const X* row, int64_t at, int64_t columns) 
   }
 }
 
-// Computes the sums of the columns of `of` in row 0 of `sums`. If `z` is given, row 1 receives the sums of `of` times
-// the normalized z.
+// Sums 64 columns of `of` (gy or da) over this block's range of tokens, and stores the sums in row 0 of `sums`. If
+// `z`, the input of the layer norm, is given, row 1 receives the sums of `of`, multiplied element by element by
+// (z - mean) rstd. Both matrices have `columns` columns.
 template <class T>
 __device__ void sum_columns(
     const Matrix& of, const Matrix& z, const Norm& norm, int64_t columns, const Range& range, float* sums) {
@@ -157,7 +173,7 @@ __device__ void sum_columns(
       else
         load<T>(at, static_cast<const T*>(z.data) + token * z.row, column, columns);
       const float mean = norm.mean[token], rstd = norm.rstd[token];
-      // Beyond the row, values[i] is zero.
+      // Beyond the last column, values[i] is zero, so that nothing is added.
 #pragma unroll
       for (int i = 0; i < N; ++i) times_z[i] += values[i] * ((at[i] - mean) * rstd);
     }
@@ -175,9 +191,10 @@ __device__ void sum_columns(
   add_parts<T>(sums + ROW, parts + DOWN<T> * ROW);
 }
 
-// Adds the sums of all blocks of the cluster in the order of their tokens, and calls f(row, column, sum) for the
-// elements of the first `rows` rows. Every element is passed to one thread of one block. Adjacent threads get adjacent
-// columns or, if `by_rows` is set, adjacent rows.
+// Adds the first `rows` rows of `sums` over all blocks of the cluster, in the order of their ranges of tokens, and
+// calls f(row, column, sum) for every element. `column` is counted from the first column of the matrix. Each element is
+// processed by one thread of one block. Adjacent threads process adjacent columns or, if `by_rows` is set, adjacent
+// rows.
 template <class F>
 __device__ void add_blocks(const float* sums, int rows, const Range& range, bool by_rows, const F& f) {
   synchronize_cluster();  // the sums of all blocks are complete
@@ -191,7 +208,7 @@ __device__ void add_blocks(const float* sums, int rows, const Range& range, bool
   synchronize_cluster();  // no block reads the sums of this block any more
 }
 
-// The number of groups of 64 columns for each result.
+// The number of groups of 64 columns for each result. `norm` is the number for dgamma and dbeta together.
 struct Groups {
   int64_t dG, dD, db, norm;
 
@@ -199,7 +216,7 @@ struct Groups {
     const auto of = [](int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; };
     dG = of(op.d_out);
     dD = of(op.d_in);
-    db = op.d_out ? 0 : of(op.summed_out);  // the blocks for dG read gy and compute db as well
+    db = op.d_out ? 0 : of(op.summed_out);  // if dG is needed, its blocks read gy and compute db as well
     norm = of(op.summed_in);
   }
   __host__ __device__ int64_t count() const { return dG + dD + db + norm; }
@@ -243,7 +260,9 @@ __global__ void __launch_bounds__(THREADS) reduce_tokens_sm90_kernel(const __gri
     });
     return;
   }
-  if (rank > 0) return;  // all blocks of the cluster return, because these sums do not depend on the rank
+  // The remaining sums do not depend on the rank, so that only the clusters for the first ranks compute them. `rank` is
+  // the same in all blocks of a cluster. Therefore no block returns while others of its cluster wait for it.
+  if (rank > 0) return;
   group -= groups.dD;
   const bool of_gy = group < groups.db;
   range.column = (of_gy ? group : group - groups.db) * COLUMNS;

@@ -1,5 +1,5 @@
-// Declares the second generation of reduce_tokens, whose blocks cooperate in clusters. Clusters need compute capability
-// 9.0.
+// Declares the second generation of reduce_tokens and of reduce_tokens_splits (see kernels.h), which
+// EFFT_SM90_GENERATION=2 selects. Its blocks cooperate in clusters, which need compute capability 9.0.
 #pragma once
 
 #include "kernels.h"

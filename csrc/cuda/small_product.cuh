@@ -1,6 +1,7 @@
-// Computes one tile of a product of small matrices per block, in fp32. Functions return the elements of the matrices,
-// so that these can be masked, scaled or transposed and can have any strides and types. This is slower than tensor
-// cores, and is meant for small products and for products that are computed only once.
+// Defines SmallProduct, with which a block computes one tile of a matrix product in fp32. The kernel passes functions
+// that return the elements of the two matrices. Therefore the matrices can be masked, scaled or transposed, and can
+// have any strides and types. Tensor cores would be faster, so that this class is meant for small products and for
+// products that are rarely computed.
 #pragma once
 
 #include "tiles.cuh"
@@ -17,7 +18,8 @@ struct SmallProduct {
   // Adds the sum over k < depth of left(row, k) right(k, column) to each element of the tile.
   template <class Left, class Right>
   __device__ void add(int64_t depth, const Left& left, const Right& right) {
-    // a is [DEPTH, ROWS + 1], which puts the elements of a column in different banks; b is [DEPTH, COLUMNS].
+    // a is [DEPTH, ROWS + 1] and b is [DEPTH, COLUMNS]. The additional column of a puts the elements of each of its
+    // columns in different banks.
     float* const a = reinterpret_cast<float*>(shared_memory());
     float* const b = a + DEPTH * (ROWS + 1);
     const int thread = static_cast<int>(threadIdx.x);

@@ -13,8 +13,8 @@
 #include "../rows.h"
 #include "kernels.h"
 
-// Only torch's CUDA library defines this function. The declaration is weak, so that this library also loads with a
-// torch without CUDA; it then cannot launch kernels.
+// Only torch's CUDA library defines this function. The declaration is weak, so that our library can also be loaded with
+// a torch without CUDA. It then cannot launch kernels.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace efft {
@@ -25,9 +25,9 @@ inline void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "efft, backend 'cuda': ", cudaGetErrorString(error));
 }
 
-// The GPU and the stream on which one call of an op launches its kernels: the GPU of the tensors, which is the current
-// GPU for the lifetime of this object, and torch's current stream on it. Copies of operands are collected until the
-// first kernel that may read them, so that a single launch performs all of them.
+// The GPU and the stream on which one call of an op launches its kernels: the GPU of the tensors, and torch's current
+// stream on it. During the lifetime of this object, this GPU is the current one. The object also collects the copies of
+// operands until a kernel may read them, so that one launch performs several copies.
 class Launches {
  public:
   explicit Launches(const Tensor& on) {
@@ -35,27 +35,29 @@ class Launches {
       device_ = on.get_device_index();
       // On a stream other than torch's, kernels could run before their operands have been computed.
       STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream,
-          "efft, backend 'cuda': expected a torch with CUDA, which says what its current stream is, but the symbol "
+          "efft, backend 'cuda': expected a torch that provides its current CUDA stream, but the symbol "
           "aoti_torch_get_current_cuda_stream is missing; install a CUDA build of torch 2.10 or newer");
       void* stream = nullptr;
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
       stream_ = static_cast<cudaStream_t>(stream);
       check(cudaGetDevice(&before_));
-      check(cudaSetDevice(device_));  // even if it is current: a thread of autograd may have no context yet
+      check(cudaSetDevice(device_));  // needed even if this GPU is current: a thread of autograd may lack a context
     }
     check(load_kernels());
   }
   ~Launches() {
-    if (before_ != device_) cudaSetDevice(before_);  // an unnecessary call could create a context
+    if (before_ != device_) cudaSetDevice(before_);  // only if necessary, because the call can create a context
   }
   Launches(const Launches&) = delete;
   Launches& operator=(const Launches&) = delete;
 
-  // Returns the stream, after launching the collected copies on it. Kernels launched on it can read the copies.
+  // Launches the collected copies on the stream and returns the stream. Kernels that are then launched on it can read
+  // the copies.
   cudaStream_t stream() const {
     flush();
     return stream_;
   }
+  // Adds a copy to the collected copies. If there are already Packs::MOST copies, launches these first.
   void pack(const Pack& op) const {
     if (copies_.count == Packs::MOST) flush();
     copies_.of[copies_.count++] = op;
@@ -74,7 +76,7 @@ class Launches {
 
 inline Type type_of(ScalarType type) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-      "the cuda backend runs float32, bfloat16 and float16 tensors, got another dtype");
+      "the cuda backend supports float32, bfloat16 and float16 tensors, got another dtype");
   return type == ScalarType::Float ? Type::float32 : type == ScalarType::BFloat16 ? Type::bfloat16 : Type::float16;
 }
 
@@ -87,8 +89,8 @@ inline Tensor empty(
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
 }
 
-// Returns an empty tensor [.., rows, columns] whose rows can be copied 16 bytes at a time. If `columns` is not a
-// multiple of 8, the rows are padded.
+// Returns an uninitialized tensor [*lead, columns], where `lead` has one or two sizes. Its rows can be copied 16 bytes
+// at a time: if `columns` is not a multiple of 8, the distance between rows is the next multiple of 8.
 inline Tensor empty_rows(
     const Tensor& like, std::initializer_list<int64_t> lead, int64_t columns, std::optional<ScalarType> type) {
   const int64_t padded = (columns + 7) / 8 * 8;
@@ -98,8 +100,8 @@ inline Tensor empty_rows(
   return padded == columns ? all : torch::stable::narrow(unpadded, -1, 0, columns);
 }
 
-// Returns a tensor [rows, columns] or [samples, rows, columns] as a Matrix. The stride of a tensor with a single row is
-// arbitrary, and is replaced by a stride that copies of 16 bytes accept.
+// Returns a tensor [rows, columns] or [samples, rows, columns] as a Matrix. The row stride of a tensor with a single
+// row may be any number. It is replaced by a multiple of 8 elements, because copies of 16 bytes need aligned rows.
 inline Matrix matrix(const Tensor& t) {
   const int64_t row = t.size(-2) > 1 ? t.stride(-2) : (t.size(-1) + 7) / 8 * 8;
   return {t.data_ptr(), row, t.dim() == 3 ? t.stride(0) : 0, type_of(t)};
@@ -116,8 +118,9 @@ inline bool has_aligned_rows(const Tensor& t) {
   return all;
 }
 
-// Returns a copy of `t` in `type` with aligned rows. If `adapter` is given, sample i of the copy is matrix adapter[i]
-// of `t`.
+// Returns a copy of `t` in `type` with aligned rows. The next call of launches.stream() launches the copying. If
+// `adapter` is given, sample i of the copy is matrix adapter[i] of `t`; Pack in kernels.h describes the treatment of
+// other indices.
 inline Tensor packed(
     const Tensor& t, ScalarType type, const Launches& launches, const std::optional<Tensor>& adapter = std::nullopt) {
   const bool batched = t.dim() == 3;
@@ -142,8 +145,8 @@ inline Tensor packed(
   return to;
 }
 
-// Returns `t` if it has the type `type` and aligned rows, else a copy with both. Operands are not copied if the widths
-// of the layer are multiples of 8 and the types agree.
+// Returns `t` if it has the type `type` and aligned rows, else a copy with both. Contiguous operands of this type need
+// no copy if the widths of the layer are multiples of 8.
 inline Tensor with_aligned_rows(const Tensor& t, ScalarType type, const Launches& launches) {
   return t.scalar_type() == type && has_aligned_rows(t) ? t : packed(t, type, launches);
 }

@@ -6,14 +6,15 @@
 
 namespace efft {
 
-// A tile [ROWS, COLUMNS], stored in chunks of 16 bytes. The chunks of a row are permuted depending on the row's number.
-// A matrix load reads the chunks of eight rows in one column, and the permutation puts them in different banks.
+// A tile [ROWS, COLUMNS], stored in chunks of 16 bytes. The chunks of each row are permuted, depending on the number of
+// the row. A matrix load (load_matrices) reads the chunks of eight rows that have the same columns. Because of the
+// permutation, these chunks are in different banks.
 template <class T, int ROWS, int COLUMNS>
 struct Tile {
   static constexpr int PER_CHUNK = 16 / sizeof(T);
   static constexpr int CHUNKS = COLUMNS / PER_CHUNK;
   static constexpr int BYTES = ROWS * COLUMNS * static_cast<int>(sizeof(T));
-  static constexpr int ROWS_A_LINE = CHUNKS < 8 ? 8 / CHUNKS : 1;  // number of rows that cover all 32 banks
+  static constexpr int ROWS_A_LINE = CHUNKS < 8 ? 8 / CHUNKS : 1;  // number of rows that together cover all 32 banks
   static_assert(CHUNKS * PER_CHUNK == COLUMNS && (CHUNKS & (CHUNKS - 1)) == 0, "rows of 2^n chunks");
 
   T* data;
@@ -25,7 +26,7 @@ struct Tile {
   __device__ T& at(int row, int column) const { return chunk(row, column / PER_CHUNK)[column % PER_CHUNK]; }
 };
 
-// The part of a matrix from which tiles are read. `row` is the distance between rows, in elements.
+// A matrix [rows, columns] from which tiles are read. `row` is the distance between rows, in elements.
 template <class T>
 struct Source {
   const T* data;
@@ -38,7 +39,7 @@ __device__ Source<T> source(const Matrix& of, int64_t sample, int64_t rows, int6
   return {static_cast<const T*>(of.data) + sample * of.sample, of.row, rows, columns};
 }
 
-// Starts to copy the tile at (row, column). Elements outside of the matrix become zero.
+// Starts to copy the part of `from` that begins at (row, column) to `tile`. Elements outside of the matrix become zero.
 template <int THREADS, class T, int ROWS, int COLUMNS>
 __device__ void fetch(const Tile<T, ROWS, COLUMNS>& tile, const Source<T>& from, int64_t row, int64_t column) {
   constexpr int PER_CHUNK = Tile<T, ROWS, COLUMNS>::PER_CHUNK, CHUNKS = Tile<T, ROWS, COLUMNS>::CHUNKS;
@@ -55,7 +56,7 @@ __device__ void fetch(const Tile<T, ROWS, COLUMNS>& tile, const Source<T>& from,
   }
 }
 
-// Reads or writes one element of any type.
+// The functions read and write access one element of any type.
 __device__ inline float read(const Vector& from, int64_t at) {
   if (from.type == Type::float32) return static_cast<const float*>(from.data)[at];
   if (from.type == Type::bfloat16) return widen(static_cast<const bf16*>(from.data)[at]);
@@ -71,7 +72,7 @@ __device__ inline void write(void* to, Type type, int64_t at, float value) {
     static_cast<fp16*>(to)[at] = narrow<fp16>(value);
 }
 
-// Two adjacent elements, of which the first is at an even position.
+// Two adjacent elements, of which the first is at an even position, so that one store can write both.
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
   T first, second;

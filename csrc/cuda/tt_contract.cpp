@@ -1,5 +1,5 @@
-// Implements efft::tt_contract_{fwd,bwd}.cuda. One launch computes all layers and cores of a tensor train. Factors and
-// masks that are not contiguous are copied, which is cheap because they are small.
+// Implements efft::tt_contract_{fwd,bwd}.cuda. In each direction, one launch processes all layers and cores of a tensor
+// train. Factors and masks that are not contiguous are copied, which is cheap because they are small.
 #include <tuple>
 
 #include "tensors.h"
@@ -11,7 +11,7 @@ namespace {
 using Mask = std::optional<Tensor>;
 using torch::stable::contiguous;
 
-// A tensor train with contiguous tensors, and its description for the kernels.
+// The contiguous factors and masks of a tensor train, and the struct that describes them to the kernels.
 struct Train {
   Tensor C, V;
   Mask keep_C, keep_V;

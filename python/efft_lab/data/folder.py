@@ -82,7 +82,7 @@ def roles(folder: Path, parts: Mapping[str, FileImages], names: Sequence[str], s
         if few:
             raise ValueError(f"dividing {folder} into train, val and test needs 3 images per class; too few: {few}")
         if given_val is not None:
-            notify(f"{folder} has no test part: a fifth of the training images is used for it")
+            notify(f"{folder} has no test part: a fifth of the training images becomes the test set")
         # Copies of validation images must not be in the test set.
         free = pool if given_val is None else pool[~np.isin(groups[pool], groups[given_val])]
         pool, chosen = _divide(train.labels, pool, free, groups, round(TEST_SHARE * len(pool)), 0)

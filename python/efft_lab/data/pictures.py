@@ -66,9 +66,9 @@ def as_rgb(image: Any) -> Any:
     """Convert an image to the form that an image viewer shows: an RGB ``PIL.Image.Image`` with 8 bits per channel.
 
     - The EXIF orientation is applied.
-    - Integers of 16 bits are divided by 65535. If the metadata of the file state another range (12 bits per sample, or
-      the TIFF tags for the minimum and maximum value), that range is used. If a file with 12-bit numbers states 16
-      bits, its image becomes dark, because a single image does not reveal the mistake.
+    - Integers of 16 bits are divided by 65535. If the file states another range (12 bits per sample, or the TIFF tags
+      for the minimum and maximum value), that range is used. If a file with 12-bit numbers states 16 bits, its image
+      becomes dark, because a single image does not reveal the mistake.
     - Floating-point numbers must be within 0..1, or the file must state their minimum and maximum.
     - For signed and 32-bit integers, the file must state the minimum and maximum, because the ranges of these types are
       not ranges of brightness.

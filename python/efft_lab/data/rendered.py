@@ -1,4 +1,4 @@
-"""Draw tasks with renderers: ray-traced scenes on a ground, views of a 3-D world, and letters in many fonts.
+"""Draw tasks with renderers: ray-traced scenes, views of a 3-D world, and letters in many fonts.
 
 The tasks resemble tasks of VTAB (from CLEVR, small NORB, DMLab and SVHN). They do not imitate the pixels of the
 original sets, and accuracies must not be compared with those on the original sets.

@@ -101,7 +101,7 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
         for _ in range(300):
             own = float(radius[len(centers)])
             low = _NEAREST if nearest is None else nearest + _BEHIND
-            # Positions are to be uniform over the ground. The square of the distance is therefore uniform.
+            # A uniform square of the distance makes the positions uniform over the ground.
             distance = float(np.sqrt(rng.uniform(low**2, _FAR**2)))
             if nearest is not None and not centers:
                 distance = nearest
@@ -116,8 +116,11 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
 
 
 def _is_free(centers: Floats, radius: Floats, camera: Camera) -> bool:
-    """Return whether the last object is inside the image, touches no other object, and overlaps none much in the
-    image."""
+    """Return whether the position of the last object is allowed.
+
+    The object must be inside the image, must not touch another object, and may overlap others only slightly in the
+    image.
+    """
     pixels, scale = camera.project(centers)
     seen = radius * scale * 1.2  # the corners of a cube are outside of a sphere with the same radius
     if (pixels[-1] < seen[-1] + _MARGIN).any() or (pixels[-1] > raytracing.SIZE - seen[-1] - _MARGIN).any():

@@ -125,8 +125,8 @@ class TrainConfig:
     """Whether the learning rate changes after every epoch (as in the EFFT paper's code) or after every update."""
 
     amp: Literal["no", "bf16", "fp16"] = "no"
-    """Number format for autocast in training and evaluation; no means fp32 without autocast. fp16 uses loss scaling and
-    needs a GPU."""
+    """Number format for autocast in training and evaluation (no: fp32 without autocast). fp16 needs a GPU and uses loss
+    scaling."""
 
     eval_batch_size: int = 256
     """Number of images that are evaluated at a time, summed over all processes."""

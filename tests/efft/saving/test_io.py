@@ -60,6 +60,11 @@ def test_info_is_kept_and_shown(adapted_vit: Make, tmp_path: Path) -> None:
     assert card.startswith("---\nlibrary_name: efft-kernels\n")
 
 
+def test_the_settings_of_a_card_are_one_line() -> None:
+    for config in (efft.EfftConfig.auto(), efft.EfftConfig(scale={"mhsa": 1.0, "ffn": 2.0}, layer_scale="both")):
+        assert "\n" not in config.summary()
+
+
 def test_card_has_the_metadata_of_the_hub(adapted_vit: Make, tmp_path: Path) -> None:
     yaml = pytest.importorskip("yaml", reason="needs the hf extra")
 

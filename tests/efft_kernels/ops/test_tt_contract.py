@@ -338,7 +338,7 @@ def test_tensors_of_another_device(backend: Backend, name: str) -> None:
 
 
 def test_tensors_of_another_kind(backend: Backend) -> None:
-    with pytest.raises(RuntimeError, match=f"'{backend.value}' was asked for but cannot run: .* got torch.int32"):
+    with pytest.raises(RuntimeError, match=f"'{backend.value}' was requested but cannot run: .* got torch.int32"):
         tt_contract(torch.ones(1, 1, 2, 2).int(), torch.ones(2, 2).int(), backend=backend)
 
 

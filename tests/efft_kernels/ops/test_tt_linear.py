@@ -401,7 +401,7 @@ def test_tensors_of_another_device_or_kind(backend: Backend, name: str) -> None:
     with pytest.raises(RuntimeError, match=r"one device, got (cpu and meta|meta and cpu)"):
         tt_linear(**{**inputs, name: inputs[name].to("meta")}, backend=backend)
     changed = {k: inputs[k].long() for k in ("x", "W", "b")} if name in "xWb" else {name: inputs[name].long()}
-    with pytest.raises(RuntimeError, match=f"'{backend.value}' was asked for but cannot run: .* got torch.int64"):
+    with pytest.raises(RuntimeError, match=f"'{backend.value}' was requested but cannot run: .* got torch.int64"):
         tt_linear(**{**inputs, **changed}, backend=backend)
 
 

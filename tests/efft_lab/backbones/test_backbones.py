@@ -283,6 +283,6 @@ def test_embedded_backbone(capsys: pytest.CaptureFixture[str]) -> None:
     if not (cache_dir() / "models" / "dinov2_vits14_saliency-0.1.1.safetensors").exists():
         pytest.skip("the embedded backbone has not been downloaded")
     model = backbones.create(classes=10, image_size=70).eval()
-    assert "saliency-tuned, not pristine DINOv2" in capsys.readouterr().out
+    assert "tuned for saliency, not the original DINOv2 weights" in capsys.readouterr().out
     assert sum(parameter.numel() for parameter in model.parameters()) == 22_056_192 - (37**2 - 25) * 384 + 3850
     assert model(torch.zeros(1, 3, 70, 70)).shape == (1, 10)

@@ -125,7 +125,7 @@ def test_published_settings_of_the_paper_by_task() -> None:
             assert run.config["efft"].get("variant", "efft2") == variant
 
 
-@pytest.mark.parametrize("name", ["local", "local_efft2", "local_long"])
+@pytest.mark.parametrize("name", ["local", "local_efft2", "local_long", "twelve"])
 def test_results_on_record_are_of_their_suite(name: str) -> None:
     """A suite may get new methods, but its recorded runs must remain a part of the suite."""
     done = read(RESULTS / f"compare_{name}.jsonl")
@@ -256,7 +256,7 @@ def test_points_of_a_grid_that_are_no_numbers_can_be_shown(tiny: dict[str, Any])
 
 
 def test_missing_files_and_variants(tiny: dict[str, Any], write: Write) -> None:
-    names = "local, local_efft2, local_grid, local_long, twelve, vtab1k"
+    names = "hundred_epochs, local, local_efft2, local_grid, local_long, twelve, vtab1k"
     with pytest.raises(FileNotFoundError, match=f"no suite file nope; the suites by name are {names}"):
         suites.load("nope")
     with pytest.raises(ValueError, match="has no quick variant; leave out --quick"):

@@ -213,8 +213,8 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
     assert "- digits: pixels reaches 52.5, at least as much as probe." in page
     assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
     assert "- commit: abc" in page
-    assert "- machine: n with G: 2 final runs, 1.0 hours of processors (EFFT2 2)" in page
-    assert "- machine: m: 14 final runs, 0.0 hours of processors (scratch 4; EFFT2 2; probe 4; pixels 4)" in page
+    assert "- machine: n with G: 2 final runs, 1.0 processor hours (EFFT2 2)" in page
+    assert "- machine: m: 14 final runs, 0.0 processor hours (scratch 4; EFFT2 2; probe 4; pixels 4)" in page
     assert "![Accuracy against trained parameters](r-parameters.png)" in page
     assert (tmp_path / "r-parameters.png").stat().st_size > 10_000
     assert "Published" not in page
@@ -236,7 +236,11 @@ def _record(run: Any, accuracy: float) -> dict[str, Any]:
 def test_wrong_words(tiny: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write(tiny))
     for words, message in (
-        ([], "give either a file or --suite, one of local, local_efft2, local_grid, local_long, twelve, vtab1k"),
+        (
+            [],
+            "give either a file or --suite, one of hundred_epochs, local, local_efft2, local_grid, local_long, "
+            "twelve, vtab1k",
+        ),
         ([file, "--suite", "local"], "give either a file or --suite"),
         (["--suite", "nope"], "there is no suite 'nope'"),
         (["--suite", "local", "--quick", "--full"], "either --quick or --full"),
