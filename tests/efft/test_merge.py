@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
+from efft.methods import LoRETTAAdpConfig
 from efft_kernels import EfftLinear
 
 Make = Callable[..., nn.Module]
@@ -168,6 +169,17 @@ def test_a_merged_state_is_not_loaded_into_a_model_that_would_add_the_update_aga
         model.load_state_dict(state)
     source.load_state_dict(state)
     assert torch.equal(source(images), expected)
+
+
+@pytest.mark.parametrize("config", [efft.EfftConfig(rank=4), LoRETTAAdpConfig(rank=2)], ids=["efft", "adapter"])
+def test_the_state_of_another_base_is_loaded(config: Any, tiny_vit: Make, randomize: Make, images: Tensor) -> None:
+    source = randomize(efft.apply(tiny_vit().eval(), config), 0.3)
+    other = tiny_vit().eval()
+    for parameter in other.parameters():
+        parameter.data.mul_(0.9)
+    efft.apply(other, config)
+    other.load_state_dict(source.state_dict())
+    assert torch.equal(other(images), source(images))
 
 
 def test_a_merged_model_does_not_load_other_weights_or_factors(

@@ -78,7 +78,8 @@ def _before(
     """Look at a state dict before the model loads it.
 
     Raises:
-        ValueError: exactly one of the model and the state dict has a merged update. The model is unchanged.
+        ValueError: the state dict has a merged update and the model has none, or the update of the model is merged and
+            the state dict has other weights or factors. The model is unchanged.
     """
     adapter = getattr(model, "efft", None)
     if not isinstance(adapter, Adapter):
@@ -87,9 +88,9 @@ def _before(
     updates = {plain_name(name): update for name, update in updates_by_parameter(model).items()}
     factors = {f"efft.{name}": t for name, t in adapter.state_dict().items()}
     merged = any(update.merged for update in updates.values())
-    if local_metadata.get(_MERGED, False) and not merged and not updates.keys().isdisjoint(new):
-        raise ValueError(_TWICE)
     replaced = next((u for name, u in updates.items() if name in new and _differs(u.stored, new[name])), None)
+    if local_metadata.get(_MERGED, False) and not merged and replaced is not None:
+        raise ValueError(_TWICE)
     if merged and (replaced is not None or any(_differs(t, new[name]) for name, t in factors.items() if name in new)):
         raise ValueError(
             "an update is merged into this model's weights, and the state dict has other weights or factors; call "
@@ -121,12 +122,19 @@ def _after(model: nn.Module, incompatible: Any) -> None:
             base[name] = value
         adapter._unknown -= loaded.keys()
     elif loading.replaced is not None:
-        update, before = loading.replaced
-        delta = update.delta_weight().double()
-        change = update.stored.double() - before.to(delta)
-        if delta.norm() > 10 * (change - delta).norm():
+        if _is_update(*loading.replaced):
             raise ValueError(_TWICE)
         adapter._unknown |= {n for n, (value, base) in loaded.items() if n in base and _differs(base[n], value)}
+
+
+def _is_update(update: Update, before: Tensor) -> bool:
+    """Return whether a weight that had the values ``before`` has changed by its update, up to rounding."""
+    try:
+        delta = update.delta_weight().double()
+    except ValueError:  # the method does not update weights, so nothing can have been merged
+        return False
+    change = update.stored.double() - before.to(delta)
+    return bool(delta.norm() > 10 * (change - delta).norm())
 
 
 _TWICE = (
