@@ -49,6 +49,7 @@ class Adapter(nn.ModuleDict):
         self._base_buffers: dict[str, Tensor] = {}  # copies of the buffers of the base model
         self._base_extras: dict[str, Tensor] = {}  # copies of the trained biases and norms, from the base model
         self._unknown: set[str] = set()  # the buffers, biases and norms of which these copies are out of date
+        self._aside = False  # whether buffers, biases and norms have the values of the base now (efft.disabled)
         self._loading: Any = None  # the state dict that the model loads now (efft.adapting.loading.Loading)
         # Modules that stay in eval mode. A plain list does not register them under a second name.
         self._still: list[nn.Module] = []
@@ -92,6 +93,23 @@ def adapter_of(model: nn.Module) -> Adapter:
             f"path) first"
         )
     return adapter
+
+
+def check_not_aside(adapter: Adapter, operation: str) -> None:
+    """Check that the model has its trained buffers, biases and norms, which ``efft.disabled`` replaces by the base's.
+
+    Args:
+        adapter: the adapter of the model.
+        operation: the operation that needs the trained values, for the error message.
+
+    Raises:
+        RuntimeError: the model has the values of the base.
+    """
+    if adapter._aside:
+        raise RuntimeError(
+            f"{operation}: within the with block of efft.disabled, this model has the buffers, biases and norms of the "
+            "base instead of the trained ones; leave the block first"
+        )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Update]:

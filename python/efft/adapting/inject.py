@@ -14,8 +14,8 @@ from efft.adapting import buffers, extras
 from efft.adapting.adapter import Adapter as Adapter
 from efft.adapting.adapter import adapted_layers as adapted_layers
 from efft.adapting.adapter import adapter_of as adapter_of
+from efft.adapting.adapter import check_not_aside, prepare, release
 from efft.adapting.adapter import named_factors as named_factors
-from efft.adapting.adapter import prepare, release
 from efft.adapting.heads import find_head, is_language_model
 from efft.adapting.loading import check_base_known, hooks_for
 from efft.adapting.offload import Aside, device_of, follow, hooks_aside
@@ -153,8 +153,10 @@ def remove(model: nn.Module) -> nn.Module:
             layer computes its weight from other tensors, or the base's values of trained biases, norms or buffers are
             not known (because the model was on the meta device when it was adapted, or has loaded the state dict of a
             model with another base).
+        RuntimeError: the model is within a block of :func:`disabled` that has replaced biases, norms or buffers.
     """
     adapter = adapter_of(model)
+    check_not_aside(adapter, "remove")
     check_whole(model, "remove")
     check_stored(adapted_layers(model), "remove")
     check_base_known(model, adapter)
@@ -187,7 +189,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Compute without the update within the ``with`` block, exactly as the base model does, but with the trained head.
 
     Within the block, a merged update is removed from the weights, and the buffers, biases and norms that training
-    changed have the values of the base model. ``model`` may be wrapped by DDP or a similar wrapper.
+    changed have the values of the base model. If there are such values, operations that need the trained values, such
+    as saving, raise RuntimeError within the block. ``model`` may be wrapped by DDP or a similar wrapper.
 
     Raises:
         ValueError: the model is not adapted; biases or norms are trained, and DeepSpeed's ZeRO-3 manages them; or the
@@ -199,15 +202,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     merged = [update for update in adapted_layers(model).values() if update.merged]
     for update in merged:
         update.unmerge()
-    before = adapter.enabled
+    before, aside = adapter.enabled, adapter._aside
     _enable(model, adapter, False)
     try:
         with (
-            buffers.as_in_base(model, adapter.head, adapter._base_buffers),
+            buffers.as_in_base(model, adapter.head, adapter._base_buffers) as replaced,
             extras.as_in_base(model, adapter._base_extras),
         ):
+            adapter._aside = aside or replaced or bool(adapter.extras)
             yield wrapper
     finally:
+        adapter._aside = aside
         if getattr(model, "efft", None) is adapter:  # the adapter was not removed in the block
             _enable(model, adapter, before)
             for update in merged:

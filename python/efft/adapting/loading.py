@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from efft.adapting import buffers, extras
-from efft.adapting.adapter import Adapter
+from efft.adapting.adapter import Adapter, check_not_aside
 from efft.adapting.placing import Update, updates_by_parameter
 from efft.adapting.wrappers import plain_name
 from efft_kernels.nn.frozen import is_plain
@@ -80,10 +80,12 @@ def _before(
     Raises:
         ValueError: the state dict has a merged update and the model has none, or the update of the model is merged and
             the state dict has other weights or factors. The model is unchanged.
+        RuntimeError: the model is within a block of ``efft.disabled`` that has replaced biases, norms or buffers.
     """
     adapter = getattr(model, "efft", None)
     if not isinstance(adapter, Adapter):
         return
+    check_not_aside(adapter, "load_state_dict")
     new = {plain_name(k.removeprefix(prefix)): t for k, t in state_dict.items() if k.startswith(prefix)}
     updates = {plain_name(name): update for name, update in updates_by_parameter(model).items()}
     factors = {f"efft.{name}": t for name, t in adapter.state_dict().items()}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from efft.adapting import extras
-from efft.adapting.adapter import Adapter, adapter_of
+from efft.adapting.adapter import Adapter, adapter_of, check_not_aside
 from efft.adapting.wrappers import unwrap
 from efft.config import check_rates
 from efft.planning.extras import is_name_of_bias, is_norm
@@ -172,6 +172,7 @@ def _adapted(model: nn.Module) -> _Adapted | None:
     rates: list[Mapping[str, float]] = []
     for prefix, module in inside.items():
         adapter = adapter_of(module)
+        check_not_aside(adapter, "parameter_groups")
         factors |= {f"{prefix}.{name}".lstrip("."): p for name, p in adapter.named_parameters()}
         trained |= {id(p): p for p in extras.parameters_of(module, adapter.extras).values()}
         rates.append(getattr(adapter.config, "rates", {}))

@@ -366,6 +366,30 @@ def test_disabled_computes_the_base(merged: bool, tiny_vit: Make, trained: Make,
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
+def test_trained_values_are_not_mistaken_for_those_of_the_base(trained: Make, tiny_vit: Make, tmp_path: Path) -> None:
+    """Within disabled, the model has the base's biases and norms, which must not be saved as trained ones."""
+    model, state = trained(), trained().state_dict()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folder = efft.save_adapter(model, tmp_path / "earlier")
+    operations: dict[str, Callable[[], Any]] = {
+        "save_adapter": lambda: efft.save_adapter(model, tmp_path / "later"),
+        "export_lora": lambda: efft.export_lora(model, tmp_path / "lora"),
+        "merged_state_dict": lambda: efft.merged_state_dict(model),
+        "parameter_groups": lambda: efft.parameter_groups(model, 1e-3),
+        "load_adapter": lambda: efft.load_adapter(model, folder),
+        "load_state_dict": lambda: model.load_state_dict(state),
+        "AdapterPool.add": lambda: efft.AdapterPool(tiny_vit()).add("name", model),
+        "remove": lambda: efft.remove(model),
+    }
+    with efft.disabled(model):
+        for name, operation in operations.items():
+            with pytest.raises(RuntimeError, match=f"{name}: within the with block of efft.disabled"):
+                operation()
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    efft.save_adapter(model, tmp_path / "later")
+
+
 def test_a_graph_may_span_disabled(trained: Make, tiny_vit: Make, images: Tensor) -> None:
     """As in distillation, a pass of the base runs between the pass of the student and its backward pass."""
     model = trained()
