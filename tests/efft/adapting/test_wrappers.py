@@ -153,7 +153,7 @@ def test_weights_that_are_computed_are_not_merged(put_on: Any, adapted_vit: Make
         "remove": efft.remove,
     }.items():
         with pytest.raises(
-            ValueError, match=rf"efft.{operation}: blocks\.1\.mlp\.fc1 computes its weight in each pass"
+            ValueError, match=rf"efft.{operation}: 'blocks\.1\.mlp\.fc1' computes its weight in each pass"
         ):
             run(model)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

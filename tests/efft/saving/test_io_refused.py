@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     ),
     "a site of other sizes": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=0 cores=0:2"}),
-        r"blocks.0.attn.qkv is of size \(16, 48\), but its update in the adapter is of size \(16, 32\)",
+        r"blocks.0.attn.qkv' is of size \(16, 48\), but its update in the adapter is of size \(16, 32\)",
     ),
     "sizes of a train": (
         lambda d: d["plan"][0].update(sizes=[16, 16, 2, 2**40]),
