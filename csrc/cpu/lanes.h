@@ -34,13 +34,13 @@ struct bf16 {
   uint16_t bits;
 };
 
-// The type of the elements that products of matrices in T multiply: bf16 if the instruction set multiplies pairs of
-// bf16, else float.
+// Whether the instruction set multiplies pairs of bf16.
 #if defined(__AVX512BF16__)
 constexpr bool PAIRS = true;
 #else
 constexpr bool PAIRS = false;
 #endif
+// The type of the elements that products of matrices in T multiply: bf16 if T is bf16 and PAIRS is set, else float.
 template <class T>
 using Element = std::conditional_t<PAIRS && std::is_same_v<T, bf16>, bf16, float>;
 // The number of terms of a sum that one multiplication adds to each lane: two for bf16, which is multiplied in pairs,

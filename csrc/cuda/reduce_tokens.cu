@@ -3,9 +3,10 @@
 // in the same order.
 //
 // One kernel computes both products. The tokens are divided into as many ranges ("splits") as are needed to fill the
-// GPU. Every block processes 64 columns of gy or of x in one range, and up to 128 ranks. It reads each element of these
-// columns once, and its sums stay in registers until it writes them as partial sums. A second, small kernel adds the
-// partial sums of the ranges in order and rounds once. Therefore no atomic additions are needed.
+// GPU. Every block multiplies 64 columns of gy or x by up to 128 columns of h or dh, for the tokens of one range. The
+// block reads each element of its columns once. Its sums stay in registers until it writes them as partial sums. A
+// second, small kernel adds the partial sums of the ranges in order and rounds once. Therefore no atomic additions are
+// needed. If the second generation of kernels is selected, reduce_tokens_sm90.cu computes the sums instead.
 #include <algorithm>
 
 #include "accumulator.cuh"

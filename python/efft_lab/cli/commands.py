@@ -220,7 +220,11 @@ def inspect(
 
 
 def data_list() -> None:
-    """List the known data sets with the size of the download, the license and the source."""
+    """List the known data sets, with the size of the download, the license and the source.
+
+    The column trivial is the best test accuracy, in percent, of predictors that do not recognize objects, such as the
+    most frequent class. The column ready tells whether the data set is in the cache.
+    """
     import efft_lab.data
 
     print(efft_lab.data.list_table())

@@ -28,7 +28,8 @@ def compare(
 ) -> None:
     """Compare methods on tasks with several seeds. After an interruption, the same command executes the remaining runs.
 
-    A suite is the description of a comparison: its tasks, methods, seeds and settings.
+    A suite is the description of a comparison: its tasks, methods, seeds and settings. Search runs choose the settings
+    of a method on the validation split. Final runs use the chosen settings and are tested.
 
     Args:
         file: JSON file with the suite; the docstring of efft_lab.compare.suite.Suite describes its fields.
@@ -47,7 +48,7 @@ def compare(
         epochs: number of passes over the training images, instead of the suite's value.
         batch_size: number of images per update, instead of the suite's value.
         methods: names of methods in the suite. Only their runs are executed now. A report still covers all methods.
-        seeds: seeds of the suite. Only final runs with these seeds are executed now (and all search runs).
+        seeds: seeds of the suite. Only the final runs with these seeds, and all search runs, are executed now.
         jobs: number of simultaneous runs; each gets an equal share of the processors.
         out: result file; by default, compare_NAME.jsonl in benchmarks/results (in a source checkout) or in the current
             folder (otherwise).

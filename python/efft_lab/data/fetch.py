@@ -131,7 +131,7 @@ def _command(archive: Archive, target: Path) -> tuple[str, ...]:
 
 
 def _missing(what: str, archive: Archive, target: Path) -> str:
-    return f"fetching {archive} needs {what}; or put the file at {target}"
+    return f"fetching {archive} needs {what}; install it, or put the file at {target}"
 
 
 def _run(command: tuple[str, ...], folder: Path, archive: Archive, target: Path) -> None:

@@ -100,7 +100,7 @@ def _in_eight_bits(image: Any, tags: dict[int, Any]) -> npt.NDArray[np.uint8]:
     least, greatest = _range(image, tags)
     if not (values.min() >= least and values.max() <= greatest):  # also true if a value is NaN
         raise ValueError(
-            f"expected grey values from {least:g} to {greatest:g}, got {values.min():g} to {values.max():g}; store "
+            f"expected gray values from {least:g} to {greatest:g}, got {values.min():g} to {values.max():g}; store "
             "them as 8 or 16 bits, as floating-point numbers within 0..1, or with their range (TIFF tags 340 and 341)"
         )
     shares = (values - least) / (greatest - least)
@@ -121,7 +121,7 @@ def _range(image: Any, tags: dict[int, Any]) -> tuple[float, float]:
     )
     if least is None or greatest is None or not least < greatest:
         raise ValueError(
-            "the range of its signed or 32-bit grey values is not known; store them as 8 or 16 bits, as floating-point "
+            "the range of the signed or 32-bit gray values is not known; store them as 8 or 16 bits, as floating-point "
             "numbers within 0..1, or with their range (TIFF tags 340 and 341)"
         )
     return float(least), float(greatest)

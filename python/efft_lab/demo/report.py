@@ -16,7 +16,7 @@ from efft_lab.train import read_metrics
 if TYPE_CHECKING:
     from efft_lab.data import TaskData
 
-_SHOWN = 12  # number of test images to draw per task; at most half of them are wrongly classified images
+_SHOWN = 12  # number of test images to draw per task; at most half of these are classified wrongly
 
 
 @dataclass(frozen=True)

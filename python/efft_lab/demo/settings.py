@@ -45,7 +45,8 @@ def efft_config(task: str, quick: bool) -> TrainConfig:
 def probe_config(task: str, quick: bool) -> TrainConfig:
     """Return the configuration of the linear probe.
 
-    It trains for many more epochs than EFFT, because its features are computed only once.
+    The probe trains for many more epochs than EFFT. These epochs are fast, because the features of the frozen model are
+    computed only once.
     """
     return TrainConfig(
         data=task,

@@ -1,7 +1,7 @@
 """Check that a saved adapter reproduces the trained model.
 
 A new process loads the adapter from its files and computes logits with the loaded model, the merged model and a plain
-timm model with the merged weights. They are compared with the logits of the trained model.
+timm model with the merged weights. These logits are compared with those of the trained model.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def verify(model: nn.Module, run_folder: Path, data: Dataset[Any]) -> list[Agree
             raise RuntimeError(f"the {agreement.name} model differs from the trained model: {agreement}")
     without = _compare("base", live, base)
     if without.difference <= _TOLERANCE * without.scale:
-        raise RuntimeError(f"the adapter changes nothing, so nothing was verified: {without}")
+        raise RuntimeError(f"the adapter has no effect on the logits, so the comparison proves nothing: {without}")
     return found
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks convolutions
 
 No Python package contains the weights of a convolutional network. The study therefore first trains all weights of a
-network on 10,000 images of Fashion-MNIST. The network has group norm instead of batch norm, so that training changes
-only the parameters of a method and no running statistics. Each method then learns the task ``animal-silhouettes`` from
+network on 10,000 images of Fashion-MNIST. The network has group norm instead of batch norm. Training therefore changes
+only the parameters of a method, and no running statistics. Each method then learns the task ``animal-silhouettes`` from
 1,000 images, which differ between seeds. For EFFT2, a kernel [out, in, 3, 3] is a matrix [out, 9 in]. The methods are:
 
 - EFFT2 with rank 8 and automatic scale, and LoRA of peft with rank 8. Both adapt the 3x3 convolutions of all blocks.

@@ -51,15 +51,15 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """Train every method with every seed, and yield one row per seed and method.
 
-    The learning rate of a method is chosen with the first seed and then used for all seeds. That of the linear probe is
-    chosen for each seed.
+    The learning rate of a method is chosen with the first seed and then used for all seeds. The learning rate of the
+    linear probe is chosen separately for each seed.
 
     Args:
         name: name of the task, for the rows.
         tasks: maps each seed to the task with the training data of that seed.
         create: function that returns the pretrained model with a new classifier for a number of classes.
-        recipes: maps the title of each method to the fields of `TrainConfig` that differ from `RECIPE`, and optionally
-            to ``rates``, the learning rates to choose from.
+        recipes: maps the title of each method to the fields of `TrainConfig` that differ from `RECIPE`. The additional
+            entry ``rates`` may list the learning rates to choose from.
         layers: the layers that LoRA adapts, see :func:`lora`.
     """
     chosen: dict[str, float] = {}

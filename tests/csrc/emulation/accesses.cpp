@@ -3,6 +3,10 @@
 // sanitizer. A thread must not access the shared memory of another block or memory that an asynchronous copy is
 // filling. A thread must also execute a proxy fence after a write to shared memory, before asynchronous copies and
 // products use that memory, because these do not see the writes of threads otherwise.
+//
+// The file also counts the bytes of global memory that a launch reads and writes. If a launch may start before the
+// previous kernel has ended, the file reports every access to global memory before the thread has waited for that
+// kernel.
 #include <dlfcn.h>
 
 #include <algorithm>

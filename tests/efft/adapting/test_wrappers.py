@@ -1,4 +1,7 @@
-"""Test models inside DDP, FSDP and DataParallel, compiled models, and modules that compute their weights."""
+"""Test models inside DDP, FSDP and DataParallel, compiled models, and layers that compute their weights in each pass.
+
+Such layers have a pruning mask, a weight norm or a spectral norm.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def test_a_part_of_what_ddp_wraps_is_refused_and_another_model_is_not(tiny_vit: 
     with pytest.raises(ValueError, match="this VisionTransformer is inside a DistributedDataParallel"):
         efft.apply(model, efft.EfftConfig(rank=4))
     efft.apply(tiny_vit(), efft.EfftConfig(rank=4))
-    wrapped.itself = [wrapped]  # creates a reference cycle, as closures and hooks do, which delays the deletion
+    wrapped.itself = [wrapped]  # creates a reference cycle, as hooks may do, which delays the deletion of the wrapper
     del wrapped
     efft.apply(model, efft.EfftConfig(rank=4))
 

@@ -83,7 +83,7 @@ def train_together(models: dict[str, nn.Module], dtype: torch.dtype, sizes: Call
         torch.stack([F.cross_entropy(outputs[name], labels) for name, (_, labels) in batches.items()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert torch.equal(torch.get_rng_state(), before), "the common stream is left alone"
+    assert torch.equal(torch.get_rng_state(), before), "training must not draw from torch's common generator"
     return shared
 
 
@@ -96,7 +96,7 @@ def always_four(name: str, step: int) -> int:
 
 
 def uneven(name: str, step: int) -> int:
-    """The batches have different sizes, and some models skip some steps."""
+    """Return a batch size that depends on the model and the step. With size 0, the model skips the step."""
     return {"a": 4, "b": 1 + step, "c": 0 if step % 2 else 3}[name]
 
 
@@ -151,7 +151,7 @@ def test_each_model_ends_as_alone_in_fp32(backend: Backend, dropout: float, memb
         )
         assert_close_budget(mine, exact, alone, name=name)
         equal += torch.equal(mine, alone)
-    print(f"{backend.value}: {equal} of 3 models are equal to the bit")
+    print(f"{backend.value}: {equal} of 3 models are exactly equal")
 
 
 def test_windows_and_stages(tiny_swin: Make, randomize: Make) -> None:
@@ -215,7 +215,7 @@ def test_removing_a_model_restores_its_base(member: Make, images: Tensor, tiny_v
 
 
 def test_keyword_arguments_and_structured_outputs() -> None:
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3
     )
@@ -240,7 +240,7 @@ def test_keyword_arguments_and_structured_outputs() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu(member: Make, images: Tensor) -> None:
-    """Masks and gradients are those of each model alone, and a pass in evaluation mode does not wait for the GPU."""
+    """Dropout masks and gradients equal those of each model alone. A pass in eval mode must not wait for the GPU."""
     config, x = efft.EfftConfig(rank=4, dropout=0.2, bias="adapted"), images.cuda()
     alone = {name: member(name, config).cuda() for name in "ab"}
     shared = efft.SharedBackbone({name: member(name, config).cuda() for name in "ab"}, seeds={"a": 3, "b": 4})

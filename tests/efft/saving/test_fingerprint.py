@@ -1,4 +1,8 @@
-"""Test the check that an adapter is loaded onto the base of its training, even in another dtype."""
+"""Test the check that an adapter is loaded onto the base of its training.
+
+A fingerprint in the adapter's file identifies the base weights. If the base has another dtype, the fingerprint differs.
+Then a sketch, which consists of two numbers per weight, is compared up to rounding errors.
+"""
 
 from __future__ import annotations
 

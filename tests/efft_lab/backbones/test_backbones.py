@@ -48,7 +48,7 @@ def test_image_size() -> None:
         ),
         ({"name": "qqqqqqq"}, r"unknown model 'qqqqqqq'; timm.list_models\(\) lists the names"),
         ({"name": "test_vit.nothing"}, r"Invalid pretrained tag \(nothing\).* with a tag: test_vit.r160_in1k"),
-        ({"name": "resnet18", "image_size": 64}, "timm cannot build resnet18 with image size 64 and drop_path 0.0: "),
+        ({"name": "resnet18", "image_size": 64}, "timm cannot build 'resnet18' with image size 64 and drop_path 0.0: "),
         ({"image_size": 72}, "needs an image size that is a multiple of 14, got 72; try 70 or 84"),
         ({"image_size": 5}, "needs an image size that is a multiple of 14, got 5; try 14 or 28"),
         ({"checkpoint": "x.pth", "pretrained": True}, "either a checkpoint or pretrained=True, not both"),

@@ -115,9 +115,9 @@ def test_blocks_of_another_build_are_refused() -> None:
 
 
 def test_unknown_settings_are_refused(tiny_vit: Make) -> None:
-    with pytest.raises(ValueError, match="method 'adapter' has no setting rank; it has: width"):
+    with pytest.raises(ValueError, match="method 'adapter' has no setting 'rank'; it has: width"):
         baselines.apply("adapter", tiny_vit(), {"rank": 3})
-    with pytest.raises(ValueError, match="method 'bitfit' has no setting rank; it has: norms"):
+    with pytest.raises(ValueError, match="method 'bitfit' has no setting 'rank'; it has: norms"):
         baselines.apply("bitfit", tiny_vit(), {"rank": 3})
     with pytest.raises(ValueError, match=r"targets must be a list of qkv, proj, fc1, fc2, got \['head'\]"):
         baselines.apply("peft_lora", tiny_vit(), {"targets": ["head"]})

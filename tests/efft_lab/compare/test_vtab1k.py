@@ -83,7 +83,7 @@ def test_all_tasks(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert main([*words, "--report"]) == 0
     page = results.with_suffix(".md").read_text()
     assert "95 of 95 final runs" in page
-    assert "## Published figures, not ours" in page
+    assert "## Published results from other papers" in page
     assert "| EFFT2 | 0.25 M | 81.5 | 85.5 | 60.8 | EFFT repository (figures/Combined.png) |" in page
     heading = next(line for line in page.splitlines() if line.startswith("| method |"))
     assert all(f"{task} ({info.group})" in heading for task, info in INFOS.items())
@@ -182,7 +182,7 @@ def test_report_shows_every_published_row_with_a_source_that_is_listed() -> None
     for paper in published["papers"]:
         assert any(source.startswith(f"{paper}, ") for e in published["methods"] for source in e["sources"])
         assert f"- {paper}: " in page
-    assert "## Published figures, not ours" in lines
+    assert "## Published results from other papers" in lines
     assert "| EFFT2 | 0.25 M | 81.5 | 85.5 | 60.8 | EFFT repository (figures/Combined.png) |" in lines
     (row,) = (line for line in lines if line.startswith("| HTA | 0.54 M |"))
     assert row.endswith("| 45.6 | 77.7 | 75.4 | HTA paper, table 4 of the appendix |")

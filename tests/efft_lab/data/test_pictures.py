@@ -89,10 +89,10 @@ def test_tiff(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (tiff(np.array([[0, 300]], "<f4").tobytes(), 32, (1, 2), kind=3), "grey values from 0 to 1, got 0 to 300"),
-        (tiff(np.array([[0, np.nan]], "<f4").tobytes(), 32, (1, 2), kind=3), "grey values from 0 to 1, got nan"),
-        (tiff(np.array([[-5, 300]], "<i2").tobytes(), 16, (1, 2), kind=2), "range of its signed or 32-bit grey values"),
-        (tiff(np.array([[0, 300]], "<u4").tobytes(), 32, (1, 2)), "range of its signed or 32-bit grey values"),
+        (tiff(np.array([[0, 300]], "<f4").tobytes(), 32, (1, 2), kind=3), "gray values from 0 to 1, got 0 to 300"),
+        (tiff(np.array([[0, np.nan]], "<f4").tobytes(), 32, (1, 2), kind=3), "gray values from 0 to 1, got nan"),
+        (tiff(np.array([[-5, 300]], "<i2").tobytes(), 16, (1, 2), kind=2), "range of the signed or 32-bit gray values"),
+        (tiff(np.array([[0, 300]], "<u4").tobytes(), 32, (1, 2)), "range of the signed or 32-bit gray values"),
     ],
 )
 def test_numbers_of_unknown_range_are_refused_at_the_start(content: bytes, message: str, tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ def test_names_are_unique_and_described() -> None:
 
 
 def test_unknown_name_lists_near_ones() -> None:
-    with pytest.raises(ValueError, match=r"'cifar1' is no known task \(near names: .*cifar10"):
+    with pytest.raises(ValueError, match=r"'cifar1' is not a known task \(similar names: .*cifar10"):
         efft_lab.data.describe("cifar1")
-    with pytest.raises(ValueError, match=r"near names: mnist5k, .*torchvision:mnist.*nor is there a folder"):
+    with pytest.raises(ValueError, match=r"similar names: mnist5k, .*torchvision:mnist.*nor is there a folder"):
         efft_lab.data.load("mnist")
-    with pytest.raises(ValueError, match=r"'\?' is no known task \(known: mnist5k, digits, "):
+    with pytest.raises(ValueError, match=r"'\?' is not a known task \(known names: mnist5k, digits, "):
         efft_lab.data.fetch("?")
 
 

@@ -167,8 +167,8 @@ def test_results(data: st.DataObject, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"saved": "../../x"}, "result.json is damaged: it names '../../x' as what was saved"),
-        ({"saved": None}, "it names None as what was saved"),
+        ({"saved": "../../x"}, "result.json is damaged: it gives '../../x' as the name of the saved weights"),
+        ({"saved": None}, "it gives None as the name of the saved weights"),
         ({"classes": 10**12}, "is damaged: expected a number of classes, got 1000000000000"),
         ({"classes": "5"}, "expected a number of classes, got '5'"),
         ({"config": {"epochs": "3"}}, "epochs must be an integer, got '3'"),

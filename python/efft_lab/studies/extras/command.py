@@ -105,20 +105,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--list", default="explore", help="name of a function in efft_lab.studies.extras.lists, or a JSON file"
     )
-    parser.add_argument("--names", nargs="+", help="only settings whose name begins with one of these")
+    parser.add_argument("--names", nargs="+", help="run only settings whose names begin with one of these texts")
     parser.add_argument("--stage", choices=sorted(ROLES), default="explore")
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--epochs", type=int, help="number of epochs, instead of that of each setting")
+    parser.add_argument("--epochs", type=int, help="number of epochs, instead of the number in each setting")
     parser.add_argument("--drop-path", type=float, default=0.0)
     parser.add_argument(
         "--chosen", type=Path, help="result file; run only the best setting of each family on each task in this file"
     )
-    parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument("--seconds", type=float, default=200, help="time limit of the command run")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--most", type=int, default=48, help="maximum number of runs in a stack")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--graph", action="store_true")
-    parser.add_argument("--commit")
+    parser.add_argument("--graph", action="store_true", help="replay each step as a CUDA graph")
+    parser.add_argument("--commit", help="commit to record, if the folder is not a checkout")
     parser.add_argument("--out", type=Path, default=Path("extras.jsonl"))
     args = parser.parse_args(arguments)
     if args.command == "summary":

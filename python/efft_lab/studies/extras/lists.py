@@ -1,8 +1,8 @@
 """Provide lists of settings for the study, in order of importance.
 
-In the names of settings, ``r16`` is the rank, ``x3`` is the learning rate of all biases and norms relative to the base
-rate (x0: not trained), ``c3`` is the relative learning rate of EFFT's cores, and ``lr`` is the base rate (1e-3 if the
-name does not state it).
+The name of a setting is, for example, ``efft2 r16 x3 c3``. ``r16`` means rank 16. ``x3`` means that all biases and
+norms have three times the base learning rate (with ``x0``, they are not trained). ``c3`` means that EFFT's cores have
+three times the base rate. ``lr`` is followed by the base rate, which is 1e-3 if the name does not state it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def shared(
         cores: learning rate of the cores as a multiple of the base rate.
         label: end of the name, which states all other differences.
         variant: "efft1" or "efft2".
-        fields: other fields of :class:`Variant`. ``rates`` and ``settings`` are added to those above.
+        fields: other fields of :class:`Variant`. ``rates`` and ``settings`` are merged with the values that follow from
+            the other arguments.
     """
     rates = {**({"biases": extras, "norms": extras} if extras else {}), "cores": cores, **fields.pop("rates", {})}
     settings = {"variant": variant, "rank": rank, **fields.pop("settings", {})}

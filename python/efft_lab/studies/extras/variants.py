@@ -173,7 +173,7 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
 
 
 def _orthogonal(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Return random matrices with the shape and the norm of ``value``, whose columns or rows are orthogonal.
+    """Return random matrices that have orthogonal columns or rows, and the shape and the norm of ``value``.
 
     The columns are orthogonal if there are at most as many columns as rows. Otherwise, the rows are orthogonal.
     """

@@ -1,7 +1,7 @@
 """Compute the operands D and G of every adapted layer of K runs from the factors of the runs.
 
 The update of a linear layer adds ``x D G`` to its output for an input x. As in the library, D and G are computed in
-fp32. A bank is a set of factors U, C and V that several layers share.
+fp32. A bank is a set of factors U, C and V that several layers share. A site is the place of a layer in its bank.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def operands_of(p: Parameters, start: Start, scales: Parameters, keep: Tensor | 
         p: all parameters by name. Trained parameters are [K, ...].
         start: the start of one of the runs.
         scales: maps the name of each bank to the scales of its updates, [K].
-        keep: the probability of each run that an element of a factor is not dropped, [K]; None without dropout.
+        keep: for each run, the probability that an element of a factor is not dropped, [K]; None without dropout.
     """
     found: Operands = {}
     for bank, scale in scales.items():

@@ -1,7 +1,8 @@
 """Precondition the gradients of the factors of a tensor train.
 
-The train updates matrix i by ``U C_i V``. The gradient of each factor is multiplied by inverses of matrices that depend
-on the other factors. The size of these other factors then has less influence on how far a step moves the updates.
+The tensor train updates matrix i by ``U C_i V``. The gradient of each factor is multiplied by inverses of matrices that
+depend on the other factors. The size of these other factors then has less influence on how far a step moves the
+updates.
 """
 
 from __future__ import annotations

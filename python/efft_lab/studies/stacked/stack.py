@@ -23,7 +23,8 @@ class Stack:
         starts: the start of each run. The names and shapes of their parameters must be equal, except for the shapes of
             the classifier.
         classes: number of outputs of each run.
-        kinds: maps the name of each parameter that at least one run trains to its kind.
+        kinds: maps the name of each parameter that at least one run trains to its kind, such as "cores" or
+            "norms.bias".
         rates: for each run, a mapping from kinds of parameters to peak learning rates. Parameters with the rate 0 are
             not trained.
         batches: positions in ``pixels`` of the images of each step and run, [steps, K, batch].
@@ -109,7 +110,8 @@ class Stack:
     def train(self, steps: int, graph: bool = False, due: Callable[[], bool] = lambda: False) -> bool:
         """Advance all runs by a number of steps.
 
-        Return True when they are done. Return False as soon as ``due``, which is called every 20 steps, returns True.
+        The function ``due`` is called every 20 steps. If it returns True, training stops, and the result is False.
+        After the last step, the result is True.
         """
         replay = self.captured() if graph else self.step
         for step in range(steps):
