@@ -47,7 +47,8 @@ class _Source:
     The address of the memory and autograd's version of the content reveal a new parameter, a swap of ``.data``, and a
     change in place. An alias keeps the memory allocated, so that no other tensor can get the same address. On the CPU
     a copy of the content is compared as well, because code that writes through ``.data`` or NumPy does not change the
-    version, and the comparison takes little time there. On other devices it would wait for the device.
+    version, and the comparison takes little time there. On other devices, the comparison would have to wait for the
+    device.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -82,7 +83,8 @@ def can_be_kept(tensors: Sequence[Tensor]) -> bool:
     - The code is compiled, exported, traced, transformed or captured. Later runs of such code would not see that the
       factors have changed.
     - A change of one of the tensors could not be noticed.
-    - Several processes share the work. Libraries that shard parameters release and refill their memory between passes.
+    - Several processes share the work. Libraries that shard parameters release and refill the memory of the parameters
+      between passes.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensors:
         return False
