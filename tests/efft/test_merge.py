@@ -1,4 +1,8 @@
-"""Test merging and unmerging: the same function, one rounding, exact restoration, and a correct report."""
+"""Test merging and unmerging.
+
+A merged model computes the same function, every merged weight is rounded only once, unmerging restores the weights
+exactly, and the report states the rounding error.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ def test_merged_weights_are_base_plus_update_rounded_once(
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_merged_model_computes_the_same(config: dict[str, Any], adapted_vit: Make, images: Tensor) -> None:
-    """The difference must be small relative to the effect of the update, so that a missing layer is noticed."""
+    """The difference is compared with the effect of the update. Otherwise, a missing layer would not be noticed."""
     model = adapted_vit(std=0.2, **config)
     unmerged = model(images)
     with efft.disabled(model):
@@ -84,7 +88,7 @@ def test_merging_what_is_switched_off_is_refused(adapted_vit: Make, images: Tens
 
 
 def test_small_update_of_big_weights(tiny_vit: Make, randomize: Make) -> None:
-    """The weights are 10,000 times the update. The merged update is accurate up to the rounding of the weights."""
+    """The update is less than 1/10,000 of the weights. Merging must round the sum only once."""
     model = tiny_vit()
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight.uniform_(-10, 10)
@@ -113,7 +117,9 @@ def test_merging_leaves_dropout_out(adapted_vit: Make, images: Tensor) -> None:
     unmerged = model(images)
     model.train()
     efft.merge(model)
-    assert all(factors.training for factors in model.efft.values()), "the mode comes back"
+    assert all(factors.training for factors in model.efft.values()), (
+        "merge must restore the training mode of the factors"
+    )
     torch.testing.assert_close(model(images), unmerged, rtol=1e-4, atol=1e-4)
 
 
@@ -189,7 +195,7 @@ def test_report_of_bf16_weights_advises(tiny_vit: Make, randomize: Make) -> None
     model = randomize(efft.apply(tiny_vit().to(torch.bfloat16), efft.EfftConfig(rank=4)), std=0.02)
     report = efft.merge(model)
     name, loss = report.worst
-    assert loss.relative_error > 0.5, "most of a tiny update is lost in bf16"
+    assert loss.relative_error > 0.5, "bf16 weights must lose most of a tiny update"
     assert str(report).endswith(
         f"lost to rounding: {loss.relative_error:.1e} ({name}); the weights are too coarse for this update: merge into "
         f"float32 weights (model.float())"
@@ -215,7 +221,7 @@ def test_nonfinite_factors_change_nothing(factor: str, value: float, adapted_vit
     model = adapted_vit(trainable_scale=True)
     with torch.no_grad():
         model.get_parameter(factor).view(-1)[-1] = value
-    message = f"factor {factor} has NaN or infinite entries; nothing was merged"
+    message = f"factor {factor!r} has NaN or infinite entries; nothing was merged"
     with unchanged(model), pytest.raises(ValueError, match=re.escape(message)):
         efft.merge(model)
 
@@ -249,7 +255,7 @@ def test_merged_state_dict_fits_the_plain_architecture(
         state = efft.merged_state_dict(model)
     assert list(state) == list(tiny_vit().state_dict())
     shared = {t.data_ptr() for t in model.state_dict().values()}
-    assert not shared & {t.data_ptr() for t in state.values()}, "values of their own"
+    assert not shared & {t.data_ptr() for t in state.values()}, "the state dict must not share memory with the model"
     plain = tiny_vit().eval()
     plain.load_state_dict(state)
     torch.testing.assert_close(plain(images), model(images), rtol=1e-4, atol=1e-5)
@@ -259,7 +265,9 @@ def test_merged_state_dict_in_another_dtype(adapted_vit: Make) -> None:
     model = adapted_vit()
     exact, narrow = efft.merged_state_dict(model), efft.merged_state_dict(model, torch.bfloat16)
     assert {t.dtype for t in narrow.values()} == {torch.bfloat16}
-    assert all(torch.equal(narrow[n], t.bfloat16()) for n, t in exact.items()), "one rounding, at the end"
+    assert all(torch.equal(narrow[n], t.bfloat16()) for n, t in exact.items()), (
+        "the sum must be rounded once, at the end"
+    )
 
 
 def test_merged_state_dict_of_a_bf16_base_in_fp32_keeps_the_update(tiny_vit: Make, randomize: Make) -> None:

@@ -1,4 +1,8 @@
-"""Test that evaluations of a model compose its factors once, and that every change of the adapter is seen."""
+"""Test repeated evaluations of an adapted model.
+
+They multiply the factors into the two matrices of each layer only once (``TTFactors.compose``). After a change of the
+adapter, they must use new matrices.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ def evaluated(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def expected(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the output with a graph, for which every pass composes the factors."""
+    """Return the output of a pass with an autograd graph, because such a pass always composes the factors again."""
     with torch.enable_grad():
         y: Tensor = copy.deepcopy(model)(images)
     return y.detach()
@@ -69,7 +73,7 @@ def _in_place(model: nn.Module, images: Tensor) -> None:
 
 
 def _averaged(model: nn.Module, images: Tensor) -> None:
-    """Load averaged weights as some libraries do, through ``.data``."""
+    """Write averaged factors through ``.data``, as some libraries do. This does not change the versions of tensors."""
     for _, factor in efft.named_factors(model):
         factor.data.copy_(factor.data * 0.5)
 

@@ -72,7 +72,7 @@ def test_auto_takes_the_biases_of_adapted_layers(bias: bool, tmp_path: Path) -> 
 
 
 def test_auto_leaves_out_the_biases_of_queries_keys_and_values(tiny_vit: Make, images: Tensor) -> None:
-    """A softmax does not depend on the keys' bias, and a bias of the values acts like one of the output projection."""
+    """A bias of the keys has no effect on a softmax. A bias of the values acts like a bias of the output projection."""
     model = efft.apply(tiny_vit(), efft.EfftConfig.auto(rank=2))
     layers = ("attn.proj", "mlp.fc1", "mlp.fc2")
     assert adapter_of(model).extras == [f"blocks.{i}.{layer}.bias" for i in (0, 1) for layer in layers]
@@ -241,7 +241,7 @@ def test_groups_of_the_optimizer_follow_the_configuration(trained: Make) -> None
 
 
 def test_groups_of_the_optimizer_under_peft(tiny_vit: Make) -> None:
-    peft = pytest.importorskip("peft", reason="needs the peft extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     from efft.integrations.peft import EfftPeftConfig
 
     rates = {"cores": 3, "biases": 2, "norms": 5}
@@ -307,7 +307,7 @@ def test_disabled_computes_the_base(merged: bool, tiny_vit: Make, trained: Make,
 
 
 def test_a_graph_may_span_disabled(trained: Make, tiny_vit: Make, images: Tensor) -> None:
-    """As in distillation, a pass of the base runs between the pass of the student and its backward pass."""
+    """As in distillation, the base runs between the forward pass and the backward pass of the adapted model."""
     model = trained()
     model(images).square().sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -326,7 +326,7 @@ def test_a_base_that_is_loaded_later(tiny_vit: Make, images: Tensor) -> None:
     model.to_empty(device="cpu")
     for factors in model.efft.values():
         factors.reset_parameters()
-    with pytest.raises(ValueError, match=r"the base's values of patch_embed.proj.bias are not known"):
+    with pytest.raises(ValueError, match=r"the base's values of 'patch_embed.proj.bias' are not known"):
         efft.remove(model)
     with pytest.raises(ValueError, match="are not known"), efft.disabled(model):
         pass

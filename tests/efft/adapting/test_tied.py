@@ -69,7 +69,7 @@ def test_one_update_for_both(base: nn.Module, config: efft.EfftConfig | LoRAConf
 
     dense = copy.deepcopy(base)
     with torch.no_grad():
-        for name in layers.keys() - {"blocks.2.shared"}:  # shares the weight of the first block
+        for name in layers.keys() - {"blocks.2.shared"}:  # this layer shares the weight of blocks.0.shared
             dense.get_submodule(name).weight += layers[name].delta_weight()
     expected = dense(X)
     torch.testing.assert_close(model(X), expected)

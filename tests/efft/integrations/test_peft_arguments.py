@@ -1,4 +1,7 @@
-"""Test peft's own arguments with EFFT: the layers that they select, and the resulting settings."""
+"""Test the arguments that EFFT shares with other methods of peft.
+
+The tests check the layers that the arguments select, the resulting settings, the files, and trained biases and norms.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from torch import Tensor, nn
 
 import efft
 
-peft = pytest.importorskip("peft", reason="needs the hf extra")
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
 
 from efft.integrations.peft import EfftLayer, EfftPeftConfig  # noqa: E402  # it needs peft
 
@@ -68,7 +71,7 @@ def test_layers_of_targets_are_narrowed_too() -> None:
 
 
 def test_names_that_end_others() -> None:
-    """An expression selects exactly one layer, even if other layers' names end with the name of that layer."""
+    """A regular expression must match a complete name. A list also selects layers whose names end with its entries."""
 
     class Net(nn.Module):
         def __init__(self, inner: bool = True) -> None:
@@ -97,7 +100,7 @@ def test_settings_have_both_names() -> None:
 
 
 def test_lora_alpha_scales_the_update() -> None:
-    """The update is (lora_alpha / r) U C V, computed in the test from the factors."""
+    """The update must equal (lora_alpha / r) U C V."""
     torch.manual_seed(1)
     config = EfftPeftConfig(r=4, lora_alpha=12, target_modules=["q_proj"], init_weights=False, lora_dropout=0.0)
     model = peft.get_peft_model(llama(), config)
@@ -112,19 +115,28 @@ def test_lora_alpha_scales_the_update() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 4, "rank": 8}, "rank and r name the same rank: give one, got 8 and 4"),
-        ({"lora_alpha": 16, "scale": 2.0}, "scale and lora_alpha name the same scale: give one, got 2.0 and 16"),
+        ({"r": 4, "rank": 8}, "rank and r name the same rank: pass only one of them, got 8 and 4"),
+        (
+            {"lora_alpha": 16, "scale": 2.0},
+            "scale and lora_alpha name the same scale: pass only one of them, got 2.0 and 16",
+        ),
         ({"lora_dropout": 0.3, "dropout": 0.2}, "dropout and lora_dropout name the same probability"),
         ({"targets": "mhsa", "target_modules": ["q_proj"]}, "targets and target_modules both choose the layers"),
         ({"r": 0}, r"Config\.rank must be an integer from 1"),
         ({"lora_alpha": "8"}, r"EfftPeftConfig\.lora_alpha must be a number, got '8'"),
-        ({"lora_alpha": 8, "rank": (2, 4)}, r"lora_alpha is divided by one rank, got \(2, 4\): give the scale itself"),
+        (
+            {"lora_alpha": 8, "rank": (2, 4)},
+            r"lora_alpha is divided by a single rank, got \(2, 4\): pass the scale itself",
+        ),
         ({"bias": "lora_only"}, "bias must be 'none', 'all', 'efft_only' or 'auto', got 'lora_only'"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern must be a dict of names to ranks, got 0"),
         ({"rank_pattern": {"q_proj": 2}, "rank": (2, 3)}, r"one integer if rank_pattern is set, got \(2, 3\)"),
         ({"layers_to_transform": 0, "target_modules": "q_proj"}, "layers_to_transform narrows a list of target_mod"),
         ({"layers_to_transform": ["0"]}, r"layers_to_transform must be None, an index or a list of them, got \['0'\]"),
-        ({"layers_pattern": "layers"}, "layers_pattern says where the indices of layers_to_transform stand"),
+        (
+            {"layers_pattern": "layers"},
+            "layers_pattern names the list to which the indices in layers_to_transform belong",
+        ),
         ({"target_modules": 3}, "target_modules must be None, a list of names, 'all-linear' or a regular expression"),
     ],
 )
@@ -203,7 +215,7 @@ def test_biases_are_trained_and_saved(bias: str, tmp_path: Path) -> None:
     trained = {"none": [], "all": [inner[0].bias, inner[2].bias], "efft_only": [inner[0].bias]}[bias]
     assert [p for p in (inner[0].bias, inner[2].bias) if p.requires_grad] == trained
     model(x).sum().backward()
-    expected = base()  # the gradient of the dense layer, computed without code of this library
+    expected = base()  # the oracle is a plain model whose weight contains the update
     expected[0].weight.data += inner[0].get_delta_weight("default")
     expected(x).sum().backward()
     if trained:
@@ -280,7 +292,7 @@ def test_a_child_named_like_the_bank(tmp_path: Path) -> None:
 
 
 def test_the_same_settings_by_apply() -> None:
-    """peft's names and this library's names yield the same plan: efft.apply has the same number of parameters."""
+    """With equal settings, peft and ``efft.apply`` must train the same number of parameters."""
     config = efft.EfftConfig(rank=4, scale=2.0, dropout=0.05, targets=["q_proj", "v_proj"], head=[])
     ours = efft.count_parameters(efft.apply(llama(), config)).factors
     theirs = peft.get_peft_model(
@@ -291,7 +303,7 @@ def test_the_same_settings_by_apply() -> None:
 
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], "all-linear"])
 def test_attention_that_is_not_square(modules: Any, tmp_path: Path) -> None:
-    """Layers that cannot share the paper's tensor train share one with layers of the same shape."""
+    """Layers that do not fit the paper's tensor train must share another tensor train with layers of the same shape."""
     sizes = {"num_key_value_heads": 1, "head_dim": 16, **SIZES}
 
     def base() -> nn.Module:
