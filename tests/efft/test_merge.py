@@ -265,7 +265,7 @@ def test_nonfinite_factors_change_nothing(factor: str, value: float, adapted_vit
     model = adapted_vit(trainable_scale=True)
     with torch.no_grad():
         model.get_parameter(factor).view(-1)[-1] = value
-    message = f"factor {factor} has NaN or infinite entries; nothing was merged"
+    message = f"factor {factor!r} has NaN or infinite entries; nothing was merged"
     with unchanged(model), pytest.raises(ValueError, match=re.escape(message)):
         efft.merge(model)
 

@@ -1,7 +1,8 @@
-"""Define ``Adapter``, the submodule that an adapted model has in addition to its base, and the hooks of the model.
+"""Define ``Adapter``, the submodule that holds the factors of an adapted model, and the hooks of the model's forward.
 
-A *bank* is a module that owns trained factors, from which it composes the operands of the layers (the tensors by which
-they multiply). A *pass* is one forward pass of the model. The weights that share a bank form a *group*.
+A *bank* is a module that owns trained factors. It composes from them the *operands* of the layers: the tensors by which
+the layers multiply. The weights that share a bank form a *group*. A *pass* is one forward pass of the model. The *base*
+is the model without the adapter.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class Adapter(nn.ModuleDict):
         self.extras: list[str] = []
         self.plan: list[dict[str, Any]] = []
         self._idle_checked = False
-        self._reads_checked: set[bool] = set()  # the modes (training: True) in which dense weights were looked for
+        self._reads_checked: set[bool] = set()  # modes (True: training) that were searched for dense weights
         self._originals: dict[str, Any] = {}
         self._base_buffers: dict[str, Tensor] = {}  # copies of the buffers of the base model
         self._base_extras: dict[str, Tensor] = {}  # copies of the trained biases and norms, from the base model
         self._unknown: set[str] = set()  # the buffers, biases and norms of which these copies are out of date
         self._aside = False  # whether buffers, biases and norms have the values of the base now (efft.disabled)
         self._loading: Any = None  # the state dict that the model loads now (efft.adapting.loading.Loading)
-        # Modules that stay in eval mode. A plain list does not register them under a second name.
+        # Modules that stay in eval mode. They are in a plain list, so they are not registered as submodules again.
         self._still: list[nn.Module] = []
         self._requires_grad: dict[str, bool] = {}
         self._hooks: list[Any] = []
@@ -63,7 +64,8 @@ class Adapter(nn.ModuleDict):
     def train(self, mode: bool = True) -> Adapter:
         """Set the mode, but leave modules with frozen statistics in eval mode.
 
-        The adapter is the model's last child, so this method runs after the mode of those modules was set.
+        The adapter is the model's last child. ``model.train()`` therefore calls this method after it has set the mode
+        of those modules.
         """
         super().train(mode)
         for module in self._still:
@@ -170,7 +172,7 @@ def release(model: nn.Module, args: Any, output: Any) -> None:
         warnings.warn(
             f"{len(names)} of {len(adapter.layers)} adapted layers did not run in this pass, {names[0]!r} first, and "
             "neither did the corresponding layers of other blocks. This is expected if this input does not use them "
-            "(for example, text without images). If no input uses them, exclude them",
+            "(for example, text without images). If no input uses them, exclude them (exclude=[...])",
             stacklevel=2,
         )
 
@@ -180,7 +182,7 @@ SILENT_DENSE = 0.01
 
 
 def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
-    """Warn about weights that modules read directly, so that every pass builds dense weights for them.
+    """Warn about adapted weights that modules read directly. Every pass builds dense weights for them.
 
     Warn only once, and only if these weights are more than the fraction :data:`SILENT_DENSE` of all adapted weights.
     """
@@ -204,8 +206,8 @@ def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
 def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
     """Return the idle layers whose counterparts in all other blocks were idle too.
 
-    If a module does not call a layer, this is the case in every block. If blocks are skipped at random (LayerDrop), the
-    same layer still runs in some other block.
+    A layer that the model never calls is idle in every block. If blocks are skipped at random (LayerDrop), the
+    counterpart of an idle layer usually runs in another block.
     """
     ran: dict[str, bool] = {}
     for name, layer in layers.items():

@@ -1,4 +1,4 @@
-"""Adapt a model in place, restore it, and disable its update."""
+"""Adapt a model in place, restore it, and disable its update. Freeze a model without an adapter for a linear probe."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def remove(model: nn.Module) -> nn.Module:
         changed = [name for name, layer in put_in.items() if "forward" in layer.__dict__]
         if changed:
             raise ValueError(
-                f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove"
+                f"a forward was set on {', '.join(map(repr, changed))} after efft.apply; undo that before efft.remove"
             )
         originals: dict[nn.Module, nn.Module] = {layer: adapter._originals[name] for name, layer in put_in.items()}
         restore(model, originals)
@@ -223,10 +223,11 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
     """Freeze everything except the head, for a linear probe, and return the names of the head's modules.
 
-    The head consists of the modules with the given names or, without names, of the classifier.
+    The head consists of the modules with the names ``head``. If ``head`` is None, the library finds it
+    (:func:`efft.adapting.heads.find_head`).
 
     Raises:
-        ValueError: the model has no head to train.
+        ValueError: the model has no head, or the weights of the head are offloaded or quantized.
     """
     names = find_head(model, head)
     with hooks_aside(model) as aside:
@@ -243,7 +244,7 @@ def check_plain(model: nn.Module) -> None:
     """Check that ``model`` can be adapted.
 
     Raises:
-        ValueError: the model is already adapted, or has its own attribute ``efft``.
+        ValueError: the model or a module inside it is already adapted, or the model has its own attribute ``efft``.
     """
     if isinstance(getattr(model, "efft", None), Adapter):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
@@ -294,7 +295,7 @@ def _check_present(model: nn.Module, names: Iterable[str], aside: Aside) -> None
     for name, parameter in extras.parameters_of(model, names).items():
         if parameter.is_meta and model.get_submodule(name.rpartition(".")[0]) in aside:
             raise ValueError(
-                f"{name} is to be trained (bias, norms), but its module is offloaded: keep it on the device (with "
+                f"{name!r} is to be trained (bias, norms), but its module is offloaded: keep it on the device (with "
                 "device_map), or use bias='none' and norms=False"
             )
 

@@ -27,9 +27,9 @@ def parameter_groups(
     """Return parameter groups for an optimizer, one per kind of trained parameters.
 
     The kinds are ``factors``, ``head``, ``scales``, ``diagonals`` (of ``layer_scale``), ``biases`` and ``norms``. The
-    group ``head`` also contains all trained parameters that belong to no other kind. If ``rates`` sets different rates
-    for the factors named C of EFFT (``cores``) and for all other factors (``sides``), these two kinds replace
-    ``factors``.
+    group ``head`` also contains all trained parameters that belong to no other kind. The factors named C in EFFT are
+    ``cores``, and all other factors are ``sides``. If ``rates`` or the adapter's configuration sets different rates for
+    these two kinds, they replace ``factors``.
 
     As in the paper's recipe, weight decay acts only on factors and head. For a model without factors (a linear probe),
     all trained parameters are in ``head``, and a UserWarning is issued if nothing in the model is frozen. Empty groups
@@ -42,8 +42,8 @@ def parameter_groups(
         lr: the learning rate of every kind for which no other rate is set.
         weight_decay: the weight decay of factors and head.
         head_lr, scale_lr: the learning rates of head and scales. By default, ``head_lr`` is ``lr`` and ``scale_lr`` is
-            10 times ``lr``. One step of Adam changes a scale by about the share ``scale_lr`` of its value. With
-            ``lr=1e-3``, a scale can therefore double in 70 steps.
+            10 times ``lr``. One step of Adam changes a scale by about the fraction ``scale_lr`` of its value. With
+            ``lr=1e-3``, this is 1 %, so a scale can double in 70 steps.
         rates: maps kinds to learning rates as multiples of ``lr``, such as ``{"cores": 3, "biases": 3}``. The kinds are
             ``sides``, ``cores``, ``diagonals``, ``biases``, ``norms``, ``head`` and ``scales``. Kinds that are missing
             have the rates of the adapter's configuration (:attr:`EfftConfig.rates`).
@@ -64,10 +64,10 @@ def parameter_groups(
     own = _by_kind(model, adapted) if adapted is not None else {}
     # The arguments rates, head_lr and scale_lr override the rates of the configuration.
     rates = {**(adapted.rates if adapted is not None else {}), **(rates or {})}
-    known = {id(p) for parameters in own.values() for p in parameters}  # names in a compiled model start with _orig_mod
+    known = {id(p) for parameters in own.values() for p in parameters}  # not by name: a compiled model adds _orig_mod
     own["head"] = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     if rates.get("sides", 1.0) == rates.get("cores", 1.0):
-        # One group in the order of the model, as in the optimizers' checkpoints of models without such rates.
+        # One group in the order of the model. Optimizer checkpoints of models without such rates have the same order.
         rates["factors"] = rates.get("sides", 1.0)
         together = {id(p) for kind in ("sides", "cores") for p in own.pop(kind, ())}
         own["factors"] = [p for p in model.parameters() if id(p) in together]
@@ -140,7 +140,7 @@ def _check_rates(rates: Mapping[str, float], head_lr: float | None, scale_lr: fl
     for kind, lr in (("head", head_lr), ("scales", scale_lr)):
         if kind in rates and lr is not None:
             name = {"head": "head_lr", "scales": "scale_lr"}[kind]
-            raise ValueError(f"{name} and rates[{kind!r}] both set the rate of the {kind}: give one of them")
+            raise ValueError(f"{name} and rates[{kind!r}] both set the rate of the {kind}: pass only one of them")
 
 
 class _Adapted(NamedTuple):
@@ -185,14 +185,16 @@ def _adapted(model: nn.Module) -> _Adapted | None:
 
 
 def _adapted_by_peft(model: nn.Module, tuner: Any) -> _Adapted:
-    """Return the trained parts of a model that peft adapted.
+    """Return the trained parts of a model that peft adapted with the tuner ``tuner``.
 
     Raises:
         ValueError: the active adapters have different rates.
     """
     rates: list[Mapping[str, float]] = [tuner.peft_config[name].rates for name in tuner.active_adapters]
     if any(other != rates[0] for other in rates):
-        raise ValueError(f"the active adapters {tuner.active_adapters} have different rates {rates}: activate one")
+        raise ValueError(
+            f"the active adapters {tuner.active_adapters} have different rates {rates}: activate only one of them"
+        )
     factors = {name: p for name, p in tuner.efft_banks.named_parameters() if p.requires_grad}
     norms = [p for module in model.modules() if is_norm(module) for p in module._parameters.values() if p is not None]
     # All parameters of modules that peft trains completely belong to the head, except those of normalization layers.

@@ -255,10 +255,10 @@ class EfftConfig(AdapterConfig):
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[EfftGroup]:
         """Return the groups for these weights, one per tensor train.
 
-        If the roles of the weights in their blocks are known, the trains are those of the paper. Otherwise weights of
-        equal shape share a train. If ``targets`` is a keyword and the roles are unknown, the rank of a group is reduced
-        until the group has fewer parameters than its weights have entries. If this is impossible, the group is left out
-        (except with "all-linear").
+        If the roles of the weights in their blocks are known, the tensor trains are those of the paper. Otherwise
+        weights of equal shape share a tensor train. If ``targets`` is a keyword and the roles are unknown, the rank of
+        a group is reduced until the group has fewer parameters than its weights have entries. If this is impossible,
+        the group is left out (except with "all-linear").
 
         Raises:
             ValueError: the weights cannot share trains, ``rank`` or ``scale`` does not fit the groups, or no group is
@@ -384,7 +384,7 @@ class EfftGroup(TensorTrain):
         return self.n_cores * (self.n_layers if self.config.core_sharing == "per_layer" else 1)
 
     def cut_rank(self, size: int) -> None:
-        """Reduce the rank to the sizes of the matrices, and further until the group has fewer than ``size`` parameters.
+        """Reduce the rank to at most the sizes of the matrices, until the group has fewer than ``size`` parameters.
 
         If the group has at least ``size`` parameters even at rank 1, the rank becomes 1.
         """
@@ -482,7 +482,7 @@ _SITE = re.compile(
 def _site_from_text(text: str, n_cores: int) -> Site:
     match = _SITE.fullmatch(text)
     if match is None or int(match["end"]) > n_cores:
-        raise ValueError(f"'plan' has no valid place in its train for a weight: {text[:80]!r}")
+        raise ValueError(f"'plan' has no valid place in its tensor train for a weight: {text[:80]!r}")
     numbers = {name: int(value or 0) for name, value in match.groupdict().items() if not (value or "").startswith(" ")}
     return Site(
         numbers["layer"],

@@ -37,7 +37,7 @@ def fit_budget(kind: Callable[..., Any], model: nn.Module, budget: int, fields: 
     if not is_size(budget, 2**63):
         raise ValueError(f"budget must be a positive number of parameters, got {quote(budget)}")
     if "rank" in fields:
-        raise ValueError(f"a budget chooses the rank: give either budget or rank, got {budget} and {fields['rank']!r}")
+        raise ValueError(f"a budget chooses the rank: pass either budget or rank, got {budget} and {fields['rank']!r}")
     plain = kind(**fields)
     plan = plain.planner(model)
 

@@ -164,4 +164,6 @@ def _check_trainable(name: str, parameter: Tensor) -> None:
     elif not is_plain(parameter) or not parameter.is_floating_point():
         reason = f"it is a {type(parameter).__name__} of {parameter.dtype}; exclude it when you quantize the model"
     if reason is not None:
-        raise ValueError(f"the setting bias or norms cannot train {name}: {reason}, or use bias='none' and norms=False")
+        raise ValueError(
+            f"the setting bias or norms cannot train {name!r}: {reason}, or use bias='none' and norms=False"
+        )

@@ -59,8 +59,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         path: the folder, which is created if needed. An earlier adapter in the folder is replaced atomically. If the
             process is killed, the folder holds either the old or the new adapter
             (:func:`efft.saving.files.write_adapter`).
-        info: facts to store with the weights (accuracy, command, ...), which must be convertible to JSON. The model
-            card shows these facts.
+        info: facts to store with the weights (accuracy, command, ...). They must be convertible to JSON. The model card
+            shows them.
 
     Returns:
         The folder.
@@ -269,7 +269,7 @@ def _find_misplaced(plan: Plan) -> list[str]:
         for name, weight in plan.weights_of(group).items():
             expected, sizes = factors.sizes(group.sites[name]), (weight.d_in, weight.d_out)
             if expected != sizes or getattr(group.sites[name], "experts", 0) != weight.n_experts:
-                found.append(f"{name} is of size {sizes}, but its update in the adapter is of size {expected}")
+                found.append(f"{name!r} is of size {sizes}, but its update in the adapter is of size {expected}")
     return found
 
 

@@ -410,7 +410,7 @@ def test_a_base_that_is_loaded_later(tiny_vit: Make, images: Tensor) -> None:
     model.to_empty(device="cpu")
     for factors in model.efft.values():
         factors.reset_parameters()
-    with pytest.raises(ValueError, match=r"the base's values of patch_embed.proj.bias are not known"):
+    with pytest.raises(ValueError, match=r"the base's values of 'patch_embed.proj.bias' are not known"):
         efft.remove(model)
     with pytest.raises(ValueError, match="are not known"), efft.disabled(model):
         pass

@@ -116,19 +116,28 @@ def test_lora_alpha_scales_the_update() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 4, "rank": 8}, "rank and r name the same rank: give one, got 8 and 4"),
-        ({"lora_alpha": 16, "scale": 2.0}, "scale and lora_alpha name the same scale: give one, got 2.0 and 16"),
+        ({"r": 4, "rank": 8}, "rank and r name the same rank: pass only one of them, got 8 and 4"),
+        (
+            {"lora_alpha": 16, "scale": 2.0},
+            "scale and lora_alpha name the same scale: pass only one of them, got 2.0 and 16",
+        ),
         ({"lora_dropout": 0.3, "dropout": 0.2}, "dropout and lora_dropout name the same probability"),
         ({"targets": "mhsa", "target_modules": ["q_proj"]}, "targets and target_modules both choose the layers"),
         ({"r": 0}, r"Config\.rank must be an integer from 1"),
         ({"lora_alpha": "8"}, r"EfftPeftConfig\.lora_alpha must be a number, got '8'"),
-        ({"lora_alpha": 8, "rank": (2, 4)}, r"lora_alpha is divided by one rank, got \(2, 4\): give the scale itself"),
+        (
+            {"lora_alpha": 8, "rank": (2, 4)},
+            r"lora_alpha is divided by a single rank, got \(2, 4\): pass the scale itself",
+        ),
         ({"bias": "lora_only"}, "bias must be 'none', 'all', 'efft_only' or 'auto', got 'lora_only'"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern must be a dict of names to ranks, got 0"),
         ({"rank_pattern": {"q_proj": 2}, "rank": (2, 3)}, r"one integer if rank_pattern is set, got \(2, 3\)"),
         ({"layers_to_transform": 0, "target_modules": "q_proj"}, "layers_to_transform narrows a list of target_mod"),
         ({"layers_to_transform": ["0"]}, r"layers_to_transform must be None, an index or a list of them, got \['0'\]"),
-        ({"layers_pattern": "layers"}, "layers_pattern says where the indices of layers_to_transform stand"),
+        (
+            {"layers_pattern": "layers"},
+            "layers_pattern names the list to which the indices in layers_to_transform belong",
+        ),
         ({"target_modules": 3}, "target_modules must be None, a list of names, 'all-linear' or a regular expression"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Define ``EfftModel``, the tuner that peft wraps around a model. The tuner owns the factors."""
+"""Define ``EfftModel``, the module that peft wraps around a model (a *tuner*). The tuner owns the factors."""
 
 from __future__ import annotations
 
@@ -342,7 +342,7 @@ def _plain(model: nn.Module) -> Iterator[None]:
     """Undo earlier changes to the layers of a model within the ``with`` block.
 
     The model has its original layers even if they were adapted before. A ``forward`` that was set on a layer itself, as
-    accelerate's offloading does, is removed for the time of the block. It is not a reason to refuse the layer, because
+    accelerate's offloading does, is removed within the block. It is not a reason to refuse the layer, because
     :class:`EfftLayer` calls it.
     """
     wrapped = [
