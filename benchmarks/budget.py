@@ -47,7 +47,7 @@ class Budget:
         expected = self._exact[row.adapts]
         owed = {"y", "dx", *(("dD", "dG") if row.trains else ())}
         if set(results) != owed:
-            raise ValueError(f"returns {', '.join(sorted(results))} instead of {', '.join(sorted(owed))}")
+            raise ValueError(f"the row returns {', '.join(sorted(results))} instead of {', '.join(sorted(owed))}")
         found = {}
         for name, got in results.items():
             if got.shape != expected[name].shape or got.dtype != self._dtypes[name]:

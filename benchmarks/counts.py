@@ -86,7 +86,7 @@ class Peaks:
 
 
 def measure_peaks(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> Peaks:
-    """Repeat a square matrix product and a copy for ``seconds`` each, and return the speeds of the fastest ones."""
+    """Repeat a square matrix product and a copy for ``seconds`` each, and return the highest speeds."""
     cuda = torch.device(device).type == "cuda"
     n, length = (8192, 2**29) if cuda else (1024, 2**26)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

@@ -15,8 +15,9 @@ The row ``floor`` is the frozen module without an update. Ratios divide the time
 
 A row is timed only if its output and all its gradients are accurate: their errors against fp64 may be at most twice
 those of dense weights in the same precision. If a row fails, its line contains the reason and no times. In the table,
-"saved" is the memory that a forward pass saves for the backward pass, and "trained" is the number of trained
-parameters.
+"both" is the time of a forward and backward pass, and "fwd" is the time of a forward pass. The columns with "floor"
+contain ratios. "saved" is the memory that a forward pass saves for the backward pass, and "trained" is the number of
+trained parameters.
 """
 
 from __future__ import annotations

@@ -147,7 +147,10 @@ def in_new_process(level: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def specifications(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the level and the specification of every row to measure."""
+    """Yield the level and the specification of every row to measure.
+
+    At the level "layer", names in ``args.rows`` that are not rows of the command ``ops`` are ignored.
+    """
     images, dtypes = (2, ["float32"]) if args.quick else (args.batch, args.dtype)
     if "model" in args.level:
         for dtype in dtypes:
@@ -173,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--batch", type=int, default=8, help="images")
     options.add_argument("--rank", type=int, default=Setting.rank)
-    options.add_argument("--rows", nargs="+", help="default: all")
+    options.add_argument("--rows", nargs="+", help="rows of the commands model and ops; default: all")
     options.add_argument("--quick", action="store_true", help="use 2 images, float32, and only fc1 of the layers")
     options.add_argument("--measure", nargs=2, metavar=("LEVEL", "JSON"), help=argparse.SUPPRESS)
     return options

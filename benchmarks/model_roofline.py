@@ -4,8 +4,8 @@
 
 A design is a way to compute an adapted layer with a sequence of kernels. This module measures nothing. Its analytical
 model compares designs before they are implemented, and its predictions appear next to measured ratios. The module
-``roofline_gpu`` predicts the time of one kernel. The model assumes that no data is in a cache, and that the cost of an
-atomic operation is that of the bytes that it moves. It ignores the time in which the host launches kernels. Expect
+``roofline_gpu`` predicts the time of one kernel. The model assumes that no data is in a cache, and that an atomic
+operation costs as much as moving its bytes. It ignores the time in which the host launches kernels. Expect
 errors of a few percent per product.
 
 An adapted layer computes y = x Wᵀ + h G with h = x D, where x is [tokens, d_in], W is [d_out, d_in], D is [d_in, r] and
@@ -184,7 +184,7 @@ def floor(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def paper(c: Case) -> tuple[Kernels, Kernels]:
-    """Compute x dW for every joined matrix, concatenate, scale and add under autograd, as the paper's code does."""
+    """Compute x dW for each joined matrix, concatenate, scale and add under autograd, as the EFFT paper's code does."""
     m, d_in, each = c.machine, c.layer.d_in, c.layer.d_out // c.layer.matrices
     build = c.tiny + m.memory(2 * d_in * each)
     per_matrix: Kernels = [("build dW", build), ("x dW", m.product(c.tokens, each, d_in))]

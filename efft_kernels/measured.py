@@ -6,8 +6,8 @@ compute capability, and compares only the backends that it lists. If no row appl
 products. :mod:`efft_kernels.autotune` writes tables and, if ``EFFT_AUTOTUNE`` is set, measures cases to which no row
 applies.
 
-A backend returns exactly the same results in every run, because no kernel uses atomic additions. The choice of a
-backend therefore affects only the speed and the rounding.
+A backend returns exactly the same results in every run, because no kernel of this package uses atomic additions.
+Different backends may round differently.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Specify each op as plain differentiable torch code, computed in fp32 (fp64 for fp64 inputs).
 
-The functions ``<op>_bwd`` compute the gradients of the ops, also as differentiable torch code, for higher derivatives.
+The functions ``<op>_bwd`` compute the gradients of the ops, also as differentiable torch code. The other backends call
+them in a backward pass that will itself be differentiated.
 
 W and b are the weight and the bias of a linear layer, and the update of the layer is D G, the product of two factors.
 gy is the gradient of the output y, and dx, dD, dG and db are the gradients of x, D, G and b.
@@ -158,7 +159,7 @@ def tt_linear_grouped(
     dtype = _wide(x, D, G)
     none, index = adapter < 0, adapter.clamp(min=0)
 
-    def of_samples(rows: Tensor) -> Tensor:  # no product with a mask, as an adapter that no sample uses may contain NaN
+    def of_samples(rows: Tensor) -> Tensor:  # a product with a mask would be wrong: NaN times zero is NaN
         found = rows[index].to(dtype)
         return found.masked_fill(none.view(-1, *[1] * (rows.dim() - 1)), 0)
 
@@ -190,7 +191,7 @@ def tt_linear_grouped_bwd(
 
     def of_samples(
         factors: Tensor,
-    ) -> Tensor:  # a product with a mask would not do: an adapter that no sample uses may contain NaN
+    ) -> Tensor:  # a product with a mask would be wrong: NaN times zero is NaN
         rows = factors[index].to(dtype)
         rows = rows.masked_fill((adapter < 0)[:, None, None], 0)
         return rows.masked_fill((adapter >= n)[:, None, None], torch.nan)

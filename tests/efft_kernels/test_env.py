@@ -75,7 +75,7 @@ def test_a_setting_that_stops_a_backend_is_in_the_report() -> None:
     command = [sys.executable, "-m", "efft_kernels"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "instruction set: none, because EFFT_CPU_ISA names an unknown one" in done.stdout
+    assert "instruction set: none, because the value of EFFT_CPU_ISA is unknown" in done.stdout
     assert "cpu on cpu         self-test FAILED: RuntimeError: EFFT_CPU_ISA must be one of " in done.stdout
 
 

@@ -90,8 +90,8 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
     """Draw the centers of all objects [objects, 3].
 
     If ``nearest`` is given, the first object has this distance from the camera, and all others are farther away. If
-    300 attempts do not suffice, all objects are placed again, with the same number and sizes. The placement therefore
-    changes neither the distribution of the sizes nor that of the number of objects.
+    300 attempts do not suffice, all objects are placed again, with the same number and sizes. The number and the sizes
+    of the objects therefore do not depend on the placement.
 
     Raises:
         RuntimeError: No places were found.

@@ -74,7 +74,7 @@ class TextTask:
 
 
 class Classifier(nn.Module):
-    """Classify the mean of the output tokens of a BERT. The class has the methods of timm's models that are needed."""
+    """Classify the mean of the output tokens of a BERT. The class has the methods that the trainer needs."""
 
     def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()

@@ -248,7 +248,7 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 def random_state() -> dict[str, Any]:
     """Return the states of this process's random number generators: Python, NumPy, and torch on the CPU and the GPU.
 
-    The state for the GPU is that of the current device. It is None if CUDA is not used.
+    The entry for the GPU is the state of the current device, or None if CUDA is not used.
     """
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)

@@ -1,4 +1,7 @@
-"""Test the faults in the table of docs/faults.md case by case: the error, and that it leaves the model unchanged."""
+"""Test the faults in the table of docs/faults.md one by one.
+
+Each test checks the error in the table, and that models and files do not change.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ GB = 2**30
 
 @pytest.fixture
 def case(show: Callable[..., None]) -> Case:
-    """Return a function that records a row of the table. The page must have it; "…" there stands for any text."""
+    """Return a function that records one row of the table, which docs/faults.md must contain.
+
+    In the page, "…" stands for any text.
+    """
 
     def note(name: str, happened: str, earlier: str = "unchanged") -> None:
         show("What went wrong on purpose", name, "what was there", earlier)
@@ -54,7 +60,7 @@ def case(show: Callable[..., None]) -> Case:
 
 @pytest.fixture
 def refused(case: Case, tmp_path: Path) -> Refused:
-    """Return a context that expects an error, quickly and with little memory, and records its text for the table."""
+    """Return a context that expects an error within limits of time and memory, and records its text for the table."""
 
     @contextmanager
     def check(name: str, kind: type[Exception] = ValueError) -> Iterator[None]:
@@ -79,7 +85,7 @@ def offered(refused: Refused, tiny_vit: Make, unchanged: Unchanged) -> Callable[
 
 
 class Code:
-    """Run a program when a pickle of this object is loaded."""
+    """Create the file ``marker`` when a pickle of this object is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -128,7 +134,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_patterns_of_a_file_are_never_matched(
     saved: tuple[nn.Module, Path], tiny_vit: Callable[..., nn.Module]
 ) -> None:
-    """Python's ``re`` would take forever to match this pattern; the plan in the file contains the layer names."""
+    """Python's ``re`` would take forever to match this pattern. Loading must use the names in the file instead."""
     model, folder = saved
     edit_config(folder, lambda d: d["config"].update(targets=["(((((.+)+)+)+)+)+!"]))
     with at_most(20):
@@ -211,7 +217,7 @@ def test_read_only_folder(saved: tuple[nn.Module, Path], case: Case) -> None:
 
 
 def killing(calls: int) -> Callable[..., None]:
-    """Return an os.replace that ends the process after this number of calls."""
+    """Return a replacement for ``os.replace`` that kills the process after this number of calls."""
     replace, left = os.replace, iter(range(calls))
 
     def replace_or_kill(source: Any, target: Any) -> None:
@@ -225,7 +231,7 @@ def killing(calls: int) -> Callable[..., None]:
 def test_killed_while_saving(
     saved: tuple[nn.Module, Path], randomize: Make, tiny_vit: Make, images: Tensor, case: Case
 ) -> None:
-    """This test covers some moments; tests/efft/saving/test_files.py ends a save at every line."""
+    """This test kills a save at a few points. tests/efft/saving/test_files.py kills it at every line."""
     model, folder = saved
     old = model(images)
     randomize(model, seed=9)
@@ -273,7 +279,7 @@ def test_backbones_with_code_in_them(tiny_vit: Make, refused: Refused, unchanged
 
 @pytest.mark.parametrize("name", ["training checkpoint cut off", "training checkpoint with code in it"])
 def test_training_checkpoints(name: str, refused: Refused, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="needs the train extra")
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'efft-kernels[train]'")
     from efft_lab.train.folder import CheckpointError, load_checkpoint, save_checkpoint
 
     path = tmp_path / "checkpoint.pt"
@@ -288,7 +294,7 @@ def test_training_checkpoints(name: str, refused: Refused, tmp_path: Path) -> No
 
 
 def test_suites_without_end(refused: Refused, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="needs the train extra")
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'efft-kernels[train]'")
     from efft_lab.compare import suite
 
     sparse(tmp_path / "suite.json", GB)
@@ -352,7 +358,8 @@ def test_data_loaders_whose_workers_are_started_while_a_model_trains(start: str,
     context = multiprocessing.get_context(start)
     loader = torch.utils.data.DataLoader(DATA, batch_size=4, num_workers=2, multiprocessing_context=context)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn about fork in a process with threads
+        # Newer versions of Python warn about fork in a process with threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
         found = trained(adapted_vit(dropout=0.0).train(), loader)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     case(f"data loader with workers started by {start}", "the same training as without workers, bit for bit", "-")

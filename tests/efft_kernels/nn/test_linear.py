@@ -128,7 +128,7 @@ class OtherLinear(nn.Linear):
     [
         (nn.ReLU(), "EfftLinear: expected an nn.Linear, got ReLU"),
         (nn.Conv2d(8, 8, 1), "EfftLinear: expected an nn.Linear, got Conv2d"),
-        (OtherLinear(8, 8), "EfftLinear: OtherLinear has a forward of its own, which the adapted layer would drop"),
+        (OtherLinear(8, 8), "EfftLinear: OtherLinear has its own forward method, which the adapted layer would"),
         (
             EfftLinear.from_linear(nn.Linear(8, 8)),
             "this layer is adapted already: it is of type EfftLinear",

@@ -293,9 +293,9 @@ def test_meta_tensors_give_shapes(backend: Backend) -> None:
             {"C": torch.ones(3, 5, 7)},
             r"expected C \[n_layers, n_cores, r1, r2\] and V \[r2, d_out\] .* got shapes \[3, 5, 7\]",
         ),
-        ({"V": torch.ones(40, 7)}, r"of one r2, got shapes \[3, 2, 5, 7\] and \[40, 7\]"),
+        ({"V": torch.ones(40, 7)}, r"with equal r2, got shapes \[3, 2, 5, 7\] and \[40, 7\]"),
         ({"V": torch.ones(7)}, r"got shapes \[3, 2, 5, 7\] and \[7\]"),
-        ({"V": torch.ones(7, 40).double()}, "C and V must have one dtype, got torch.float32 and torch.float64"),
+        ({"V": torch.ones(7, 40).double()}, "C and V must have the same dtype, got torch.float32 and torch.float64"),
         (
             {"keep_C": torch.ones(2, 5, 7, dtype=torch.bool)},
             r"keep_C must be \[n_layers, n_cores, r1, r2\] = \[3, 2, 5, 7\], got shape \[2, 5, 7\]",

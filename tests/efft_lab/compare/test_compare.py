@@ -174,7 +174,7 @@ def test_divergence_is_a_result_and_other_failures_stop(
     error = capsys.readouterr().err
     assert "digits, full, search seed 0, lr=" in error
     assert ": ValueError: the training split has 800 images, fewer than one batch" in error
-    assert "details in" in error
+    assert "and run the same command again after a fix" in error
     assert "Traceback" in results.with_suffix(".log").read_text()
 
 

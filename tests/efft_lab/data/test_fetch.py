@@ -144,7 +144,7 @@ def test_failing_client_is_quoted(fake_tool, home: Path) -> None:
 
 def test_client_that_writes_nothing(fake_tool) -> None:
     fake_tool("npm", "printf x > readme.txt")
-    with pytest.raises(RuntimeError, match=r"expected toy 3 \(npm\) to give one \*\.tgz file, got \['readme\.txt'\]"):
+    with pytest.raises(RuntimeError, match=r"expected one \*\.tgz file from toy 3 \(npm\), got \['readme\.txt'\]"):
         fetch_archive(Archive("npm", "toy", "3", "0" * 64))
 
 

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--names", nargs="+", help="run only settings whose names begin with one of these texts")
     parser.add_argument("--stage", choices=sorted(ROLES), default="explore")
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--epochs", type=int, help="number of epochs, instead of that of each setting")
+    parser.add_argument("--epochs", type=int, help="number of epochs, instead of the number in each setting")
     parser.add_argument("--drop-path", type=float, default=0.0)
     parser.add_argument(
         "--chosen", type=Path, help="result file; run only the best setting of each family on each task in this file"

@@ -26,7 +26,7 @@ TRAINED = 1000
 
 
 def pack_task(name: str, folder: Path, fields: Mapping[str, Any]) -> Path:
-    """Write a file with the images of a task that the seeds use, and with their roles. Return its path.
+    """Write a file with all images of a task that any seed needs, and with their roles. Return the path of the file.
 
     If the images are larger than the input of the model or have different sizes, they are resized to the size of the
     input. Gray images are stored with one channel.

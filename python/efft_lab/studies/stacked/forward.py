@@ -23,8 +23,8 @@ class Forward:
         starts: the start of each run. The names and shapes of their parameters must be equal, except for the shapes of
             the classifier.
         classes: number of outputs of each run.
-        kinds: maps the name of each trained parameter to its kind. All other parameters are frozen and are taken from
-            the first start.
+        kinds: maps the name of each trained parameter to its kind, such as "cores" or "norms.bias". All other
+            parameters are frozen and are taken from the first start.
         amp: dtype for autocast (fp32 or bf16).
         device: the device of the runs.
         drop_path: rate of stochastic depth in the last block. The rate grows linearly from 0 in the first block, as in

@@ -23,7 +23,8 @@ class Stack:
         starts: the start of each run. The names and shapes of their parameters must be equal, except for the shapes of
             the classifier.
         classes: number of outputs of each run.
-        kinds: maps the name of each parameter that at least one run trains to its kind.
+        kinds: maps the name of each parameter that at least one run trains to its kind, such as "cores" or
+            "norms.bias".
         rates: for each run, a mapping from kinds of parameters to peak learning rates. Parameters with the rate 0 are
             not trained.
         batches: positions in ``pixels`` of the images of each step and run, [steps, K, batch].
