@@ -120,7 +120,7 @@ def test_reentrant_checkpointing_with_dropout_is_refused(make_stack: Callable[..
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), None], ids=["in order", "in reverse", "together"])
 def test_two_passes_waiting(order: tuple[int, int] | None, dropout: float, make_stack: Callable[..., Any]) -> None:
-    """A layer that runs again in backward gets the factors and the dropout of the corresponding forward pass."""
+    """A layer that runs again in backward gets the factors and the dropout masks of its own forward pass."""
     stack = make_stack("mlp", dropout=dropout)
     leaves = list(stack.bank.parameters())
     results = []

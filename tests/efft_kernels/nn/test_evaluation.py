@@ -271,7 +271,7 @@ def test_passes_with_a_graph_compose_in_every_pass(x: Tensor, composed: list[int
 
 
 def test_a_pass_with_a_graph_discards_the_operands(x: Tensor, composed: list[int]) -> None:
-    """After such a pass, an optimizer may change the factors in a way that torch does not record."""
+    """After a pass with a graph, an optimizer may change the factors in a way that torch does not record."""
     model = Pair().eval()
     evaluate(model, x)
     model(x)

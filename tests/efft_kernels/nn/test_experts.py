@@ -62,7 +62,10 @@ def draw_masks(bank: TTFactors, monkeypatch: pytest.MonkeyPatch) -> Masks:
 
 
 class Product(nn.Module):
-    """Compute only the products of the experts, for either layout of the parameter."""
+    """Compute only the products of the experts.
+
+    The parameter has the layout [experts, d_out, d_in] or, with ``transposed=True``, [experts, d_in, d_out].
+    """
 
     def __init__(self, bank: TTFactors, site: Site, transposed: bool = False, dtype: Any = torch.float64) -> None:
         super().__init__()

@@ -155,7 +155,7 @@ def test_gradients_with_diagonals(
 
 @SIDES
 def test_diagonals_belong_to_one_site_each(make_bank: Callable[..., Any], kind: str, scaled: tuple[str, ...]) -> None:
-    """Diagonals start at one. An element belongs to one site, or to none if the sites use only some columns of V."""
+    """Diagonals start at one. Each element belongs to one site, or to none if the sites use only some columns of V."""
     bank, sites = make_bank(kind, scaled=scaled)
     bank.reset_parameters()
     used = {name: torch.zeros_like(rows) for name, rows in (("a", bank.a), ("b", bank.b)) if rows is not None}
@@ -268,7 +268,7 @@ def test_one_launch_for_each_kind_of_site(make_stack: Callable[..., Any]) -> Non
 
 
 def test_masks(make_bank: Callable[..., Any]) -> None:
-    """A fraction p is dropped, independently for every layer, scope and factor, with new draws in every pass."""
+    """A fraction p of the entries is dropped, independently for every layer, scope, factor and pass."""
     bank, sites = make_bank("mlp", n_layers=2, rank=(40, 50), dropout=0.3)
     for site in sites:
         bank.bind(site)

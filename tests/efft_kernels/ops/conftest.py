@@ -43,7 +43,7 @@ WITHOUT = {Backend.CPU: {torch.float16, torch.float64}, Backend.CUDA: {torch.flo
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests that a backend cannot run.
+    """Deselect tests that a backend cannot run, and skip the tests of a backend whose library is missing.
 
     The backend cpu needs the CPU. The backends triton and cuda need a GPU, except in sessions that ``ONLY`` describes.
     """

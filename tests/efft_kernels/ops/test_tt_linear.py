@@ -35,7 +35,7 @@ def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
 
 
 def unfused(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """Compute the plain formula in the precision of x. The tests compare the errors of the op with its errors."""
+    """Compute the plain formula in the precision of x. Its errors are the yardstick for the errors of the op."""
     return F.linear(x, W, b) + (x @ D.to(x.dtype)) @ G.to(x.dtype)
 
 

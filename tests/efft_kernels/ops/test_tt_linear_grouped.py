@@ -366,7 +366,7 @@ def test_an_adapter_that_does_not_exist(kernels: Backend, device: str) -> None:
 
 
 def test_gradients_with_an_adapter_that_does_not_exist(kernels: Backend, device: str) -> None:
-    """A wrong index results in NaN for its own sample, or in an error. It adds to no adapter's gradient."""
+    """A wrong index results in NaN for its own sample, or in an error. It must not change any adapter's gradient."""
     inputs = make_inputs("tt_linear_grouped", device=device)
     inputs["adapter"] = torch.tensor([0, 3, -1, 2, 10**12], device=device)
     gy, h = torch.ones(5, 29, 40, device=device), torch.ones(5, 29, 5, device=device)

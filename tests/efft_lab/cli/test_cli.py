@@ -269,7 +269,7 @@ DOCUMENTED = sorted(
 def test_documented_commands_are_understood(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands run up to the function that does the work."""
+    """Each command must parse and reach the function that does the work. The test replaces this function."""
 
     def reached(*_: Any, **__: Any) -> Any:
         raise RuntimeError("the work begins")

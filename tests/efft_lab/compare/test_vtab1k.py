@@ -135,7 +135,7 @@ def test_published_rows_agree_with_the_means_that_their_sources_state() -> None:
 def test_published_overall_means_equal_those_in_the_main_tables_of_the_papers() -> None:
     """The overall means are in the main part of the papers (RLRR tables 4 and 5, HTA tables 3 and 4).
 
-    The accuracies of the tasks, from which the table here was copied, are in their appendices.
+    The published table of this repository was copied from the appendices, which list the accuracy of each task.
     """
     printed = {
         **{

@@ -121,7 +121,7 @@ def test_pickled_arrays(data: st.DataObject, protocol: int) -> None:
 
 
 class Called:
-    """A pickle that calls a function when it is read."""
+    """An object whose pickle calls a function when it is read."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments

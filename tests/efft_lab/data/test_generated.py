@@ -31,7 +31,7 @@ def drawn() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def test_pixels_never_change(name, drawn) -> None:
     images, labels = drawn[name]
     digest = hashlib.sha256(images[:64].tobytes() + labels[:64].astype("<i8").tobytes()).hexdigest()
-    assert digest == HASHES[name], "the images changed: raise generated._FORMAT and say so in the change log"
+    assert digest == HASHES[name], "the images changed: increase generated._FORMAT and note it in the change log"
 
 
 @pytest.mark.parametrize("name", HASHES)

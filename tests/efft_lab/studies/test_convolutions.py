@@ -36,7 +36,7 @@ PARAMETERS = {
 
 
 class Bars:
-    """Provide images with horizontal or vertical bars, 16 pixels wide, and noise."""
+    """Provide noisy images of 16 x 16 pixels, each with a horizontal or a vertical bar."""
 
     classes = 2
 

@@ -1,4 +1,4 @@
-"""Test the text study, which trains models to tell from a docstring the package that contains it.
+"""Test the text study, which trains models to recognize the package from which a docstring comes.
 
 The tests cover the task on artificial packages, the model on padded tokens, LoRA, the bag of words, and the table.
 """

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow  # runs hundreds of generated examples
 
 
 class Code:
-    """A pickle that would write a file when it is read."""
+    """An object whose pickle would write a file when it is read."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -73,7 +73,7 @@ def summed(left: Tensor, right: Tensor) -> Tensor:
 def needs(tile: GemmTile, dtype: torch.dtype, *, tma: bool = False) -> None:
     """Skip the test if the launch code would never choose the tile on this GPU."""
     if GPU.capability < tile.capability:
-        pytest.skip(f"needs a newer GPU than one of compute capability {GPU.capability}")
+        pytest.skip(f"needs a GPU with a compute capability above {GPU.capability}.x")
     if tile.shared_memory(dtype.itemsize, tma=tma) > GPU.shared_memory:
         pytest.skip(f"needs more shared memory than {GPU.shared_memory} bytes")
 
@@ -126,7 +126,7 @@ def test_tails_of_the_second_generation(monkeypatch: pytest.MonkeyPatch, R: int,
     monkeypatch.setattr(launch, "KERNELS", 2)
     assert triton.cdiv(R, launch.tail_block(R)) * launch.tail_block(R) == triton.cdiv(R, 16) * 16
     if tma and GPU.capability < 9:
-        pytest.skip(f"needs a newer GPU than one of compute capability {GPU.capability}")
+        pytest.skip(f"needs a GPU with a compute capability above {GPU.capability}.x")
     A, weight, bias, P, T = operands(70, 96, 104, R, torch.float16)
     with checked(), poisoned_empty():
         got = lowrank_gemm(A, weight.t(), bias, P, T, tma=tma)
@@ -238,11 +238,11 @@ def test_a_choice_of_tile() -> None:
     """Large products get large tiles, small GPUs get tiles that fit their shared memory, and a tile always exists."""
     A = torch.empty(12608, 768, dtype=torch.bfloat16)
     assert launch.gemm_tile(A, 2304).m == 128
-    assert all(launch.gemm_tile(A, N, tma=True) == TMA_TILES[0] for N in (768, 2304, 3072)), "as measured"
+    assert all(launch.gemm_tile(A, N, tma=True) == TMA_TILES[0] for N in (768, 2304, 3072)), "the fastest tile"
     assert launch.gemm_tile(A[:64], 64).m == 64
     for tiles, size in ((HALF_TILES, 2), (FP32_TILES, 4), (TF32_TILES, 4)):
         smallest = min(tile.shared_memory(size) for tile in tiles)
-        assert smallest <= 64 * 1024, "AMD's 64 KiB"
+        assert smallest <= 64 * 1024, "AMD's GPUs have 64 KiB"
 
 
 def test_tf32_only_by_choice() -> None:
