@@ -1,6 +1,7 @@
 """Configure the test suite: fixed random numbers and generated examples, few threads, and skipped GPU tests.
 
-The plugins in this file add tables of errors and other values to the end of the output.
+The plugins in this file print the errors and other values of the tests at the end of the output. In a run of the GPU
+tests, a plugin also prints each failure at once.
 """
 
 from __future__ import annotations

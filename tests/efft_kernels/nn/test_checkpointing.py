@@ -166,7 +166,8 @@ def same_as_plain(stack: Any, forward: Callable[[Callable[..., Tensor]], Tensor]
 def test_a_region_that_ends_far_from_its_layer(make_stack: Callable[..., Any], dropout: float) -> None:
     """The region multiplies its input by the output of its layers.
 
-    In the graph, the input leads to the previous pass in fewer steps than the layers lead to the factors of this pass.
+    In the graph, fewer steps lead from the output through the input to the previous pass than from the output through
+    the layers to the factors of this pass.
     """
     stack = make_stack("mlp", dropout=dropout)
     up, down = stack.layers[:2]
