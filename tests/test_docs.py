@@ -1,4 +1,7 @@
-"""Test that the documentation's code works, that the files that it names exist, and that the site builds."""
+"""Test the documentation: its code runs, the files and errors that it names exist, and the site builds.
+
+The tables and figures on some pages must equal those that the code computes.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,7 @@ def test_errors_of_the_troubleshooting_page_exist() -> None:
 
 
 def test_figures_of_the_scaling_page(capsys: pytest.CaptureFixture[str]) -> None:
-    """The library reports the counts on the page, and the formula on the page yields its modeled shares."""
+    """The counts on the page are those of the library, and the page's formula yields the page's modeled shares."""
     import timm
 
     import efft

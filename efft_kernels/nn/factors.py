@@ -254,10 +254,12 @@ class TTFactors(FactorBank):
         return self.initial_scale
 
     def sources(self) -> list[Tensor]:
-        """Return the factors, the diagonals and the trained scale, which another bank may own."""
-        log_scale = self._log_scale()
-        own: list[Tensor] = [p for p in self._parameters.values() if p is not None and p is not log_scale]
-        return own if log_scale is None else [*own, log_scale]
+        """Return the factors, the diagonals and the trained scale, which another bank may own.
+
+        These are the tensors that :meth:`compose` reads, whether or not they are registered as parameters.
+        """
+        tensors = (self.U, self.C, self.V, self.a, self.b, self._log_scale())
+        return [tensor for tensor in tensors if tensor is not None]
 
     def bind(self, site: Site) -> Binding:
         """Register a layer that uses ``site``, and return the binding that the layer passes to :meth:`down_up`.

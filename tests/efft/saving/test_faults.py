@@ -1,6 +1,6 @@
 """Test the faults in the table of docs/faults.md one by one.
 
-Each test checks the error in the table, and that models and files do not change.
+Each test checks that the table states what happens, such as an error, and whether models and files have changed.
 """
 
 from __future__ import annotations

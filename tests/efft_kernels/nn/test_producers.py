@@ -1,4 +1,8 @@
-"""Test layer norms and GELUs whose work an adapted layer takes over, and their behavior with other consumers."""
+"""Test producers: layer norms and GELUs whose output an adapted layer computes itself.
+
+``fuse_producer`` changes such a module, so that it returns a ``ProducerOutput``. This object holds the module's input,
+and the adapted layer computes the module's output from it. All other consumers of the object get the usual output.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +71,7 @@ def test_an_adapted_layer_does_both(module: nn.Module, layer: EfftLinear) -> Non
     assert type(module).__name__ in repr(a)
     y, kept = keep(lambda: layer(module(x)))
     assert kept.count((2, 7, 24)) == 2, (
-        "the module's node and the layer's node keep its input, and none keeps its output"
+        "the autograd nodes of module and layer save the input of the module, and not its output"
     )
     assert (14, 24) not in kept
     leaves = [x, *layer.factors.parameters()]

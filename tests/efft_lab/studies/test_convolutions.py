@@ -1,4 +1,7 @@
-"""Test the study of convolutional networks: its pretraining, the adapted layers, and its results."""
+"""Test the study of convolutional networks: its pretraining, the adapted layers, and its result rows.
+
+A row is a line of the result file, with the result of one method and one seed.
+"""
 
 from __future__ import annotations
 

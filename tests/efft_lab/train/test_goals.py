@@ -1,4 +1,7 @@
-"""Compare scores with scikit-learn, and models for segmentation and regression with timm's own feature maps."""
+"""Test goals: classification, segmentation and regression, each with its loss, predictions and scores.
+
+The scores are compared with scikit-learn. The segmentation model is compared with timm's own feature maps.
+"""
 
 from __future__ import annotations
 
