@@ -435,7 +435,7 @@ def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:
         (Site(2), r"Site\(layer=2, .* does not fit a bank of 2 layers with 3 cores each"),
         (Site(-1), r"does not fit a bank of 2 layers"),
         (Site(0, (0, 3)), r"cores=\(0, 3\), .* does not fit a bank of 2 layers with 3 cores each"),
-        (Site(0, ()), "does not fit a tensor train with 8 output columns"),
+        (Site(0, ()), "has no cores: expected one per column block"),
         (Site(0, columns=(4, 9)), r"columns=\(4, 9\), .* does not fit a tensor train with 8 output columns"),
         (Site(0, columns=(4, 4)), "does not fit a tensor train with 8 output columns"),
         (Site(0, columns=(-1, 4)), "does not fit a tensor train with 8 output columns"),
