@@ -1,6 +1,7 @@
-"""Define the layers of a backbone that several adapted models share in training.
+"""Define the layers of a backbone that several adapted models share in training (:class:`efft.SharedBackbone`).
 
-A *part* of a batch consists of the samples of one model.
+A *pass* is one forward pass of the backbone with a batch of the samples of several models. A *part* of the batch
+consists of the samples of one model.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
     "another method": (lambda c: c.update(peft_type="IA3"), "expected 'peft_type' to be 'LORA'"),
     "no rank": (lambda c: c.update(r="8"), "'r' must be an integer from 1 to 65536, got '8'"),
     "no alpha": (lambda c: c.update(lora_alpha=None), "'lora_alpha' must be a number, got None"),
-    "no ranks": (lambda c: c.update(rank_pattern={"a": 0}), "'rank_pattern' must be names to numbers"),
+    "no ranks": (lambda c: c.update(rank_pattern={"a": 0}), "'rank_pattern' must be a dict from names to numbers"),
     "no heads": (lambda c: c.update(modules_to_save="head"), "'modules_to_save' must be a list of names, got 'head'"),
     "no pattern": (lambda c: c.update(alpha_pattern={"(": 2}), r"'\(' is neither a layer name nor a regular expr"),
     "long patterns": (lambda c: c.update(alpha_pattern={"(a)" * 2000: 2}), "at most 2000 characters of regular expr"),
@@ -320,6 +320,6 @@ def test_a_head_that_shares_its_weight_is_refused(unchanged: Unchanged, tmp_path
     model["decoder"].weight = model["embedding"].weight
     with (
         unchanged(model),
-        pytest.raises(ValueError, match=r"embedding\.weight is the same parameter as one of decoder"),
+        pytest.raises(ValueError, match=r"embedding\.weight' is the same parameter as one of decoder"),
     ):
         efft.import_lora(model, tmp_path)

@@ -308,7 +308,9 @@ def test_configurations() -> None:
     assert EfftPeftConfig(targets=["a", "b"]).target_modules == ["a", "b"]
     with pytest.raises(ValueError, match=r"Config\.rank must be an integer from 1 to"):
         EfftPeftConfig(rank=0)
-    with pytest.raises(ValueError, match=r"head and modules_to_save name the same modules: give one, got \['a'\]"):
+    with pytest.raises(
+        ValueError, match=r"head and modules_to_save name the same modules: pass only one of them, got \['a'\]"
+    ):
         EfftPeftConfig(head=["a"], modules_to_save=["b"])
 
 

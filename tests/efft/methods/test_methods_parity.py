@@ -230,7 +230,7 @@ def test_lora_xs_works_between_singular_vectors(
 
 def with_peft(model: nn.Module, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
     """Return ``model`` with an adapter of ``peft`` on every qkv layer, and these layers by name."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     config = getattr(peft, settings.pop("config"))(target_modules=["qkv"], **settings)
     adapted = peft.get_peft_model(model, config).base_model.model
     return adapted, {n: m for n, m in adapted.named_modules() if n.endswith("attn.qkv")}
@@ -340,9 +340,17 @@ REFUSED: dict[str, tuple[AdapterConfig, float, str]] = {
         4,
         "the number of heads must divide the layers' width 16, got 3; set heads=",
     ),
-    "rank": (methods.LoRAXSConfig(rank=17), 4, "LoRAXSConfig.rank must be at most .*, got 17 and blocks.0.attn.qkv is"),
-    "later": (methods.LoRAXSConfig(rank=16), 0.5, "got 16 and blocks.0.mlp.fc1 is 16x8"),
-    "width": (methods.FacTTTConfig(), 2.5, "'joint': layers that share U and V must be of one width d, .* is 16x40"),
+    "rank": (
+        methods.LoRAXSConfig(rank=17),
+        4,
+        "LoRAXSConfig.rank must be at most .*, got 17, but 'blocks.0.attn.qkv' is",
+    ),
+    "later": (methods.LoRAXSConfig(rank=16), 0.5, "got 16, but 'blocks.0.mlp.fc1' is 16x8"),
+    "width": (
+        methods.FacTTTConfig(),
+        2.5,
+        "'joint': layers that share U and V must have the sizes d -> d, .* is 16x40",
+    ),
 }
 
 

@@ -307,11 +307,11 @@ def test_wrong_calls(pool: efft.AdapterPool, adapter: Adapter, tiny_vit: Make, i
         pool.add("behind", adapter(1, methods.LoRETTAAdpConfig()))
     seven = tiny_vit()
     seven.head = nn.Linear(16, 7)
-    with pytest.raises(ValueError, match=r"expected head to be Linear\(.*out_features=5, .*out_features=7"):
+    with pytest.raises(ValueError, match=r"expected 'head' to be Linear\(.*out_features=5, .*out_features=7"):
         pool.add("seven", efft.apply(seven))
-    with pytest.raises(ValueError, match="head belongs to the head of one adapter and is updated by another"):
+    with pytest.raises(ValueError, match="'head' belongs to the head of one adapter and is updated by another"):
         pool.add("head", efft.apply(tiny_vit(), efft.EfftConfig(targets=["head"], head=[])))
-    with pytest.raises(ValueError, match=r"expected a head of nn.Linear layers, got norm: LayerNorm"):
+    with pytest.raises(ValueError, match=r"expected a head of nn.Linear layers, got 'norm': LayerNorm"):
         pool.add("norm", efft.apply(tiny_vit(), efft.EfftConfig(head=["norm", "head"])))
     with pytest.raises(ValueError, match=r"the model has no blocks\.2"):
         pool.add("deeper", efft.apply(tiny_vit(depth=3)))

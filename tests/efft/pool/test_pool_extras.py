@@ -168,5 +168,5 @@ def test_detach_gives_the_model_back(
 
 def test_layers_that_come_later_are_refused(pool: efft.AdapterPool, trained: Make, adapter: Make) -> None:
     pool.add("a", trained(1, targets="mhsa"))
-    with pytest.raises(ValueError, match="an earlier one has a bias for it without an update"):
+    with pytest.raises(ValueError, match="of which an earlier adapter only trained the bias"):
         pool.add("b", adapter(2))

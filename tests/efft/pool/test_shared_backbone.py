@@ -283,13 +283,13 @@ def test_models_that_do_not_fit_together(member: Make, tiny_vit: Make) -> None:
     other = member("b")
     with torch.no_grad():
         other.blocks[1].attn.qkv.weight[3, 4] += 1
-    refused({"a": member("a"), "b": other}, r"blocks\.1\.attn\.qkv\.weight differs from the first model's")
+    refused({"a": member("a"), "b": other}, r"blocks\.1\.attn\.qkv\.weight' differs from the first model's")
     merged = member("a")
     efft.merge(merged)
     refused({"a": merged}, "its update is merged or switched off")
     stray = member("a")
     stray.cls_token.requires_grad_(True)
-    refused({"a": stray}, "cls_token is trained beside factors, head, biases and norms")
+    refused({"a": stray}, "'cls_token' is trained in addition to factors, head, biases and norms")
 
 
 def test_other_kinds_of_weights_are_refused() -> None:
@@ -321,7 +321,7 @@ def test_batches_that_do_not_fit(member: Make, images: Tensor) -> None:
 def test_random_numbers_of_the_backbone_are_refused_with_seeds(tiny_vit: Make, images: Tensor) -> None:
     models = {name: efft.apply(tiny_vit(drop_path_rate=0.5), efft.EfftConfig(rank=4)) for name in "ab"}
     shared = efft.SharedBackbone(copy.deepcopy(models), seeds={"a": 1, "b": 2})
-    with pytest.raises(RuntimeError, match=r"a frozen module, probably blocks\.1\.drop_path1, draws random numbers"):
+    with pytest.raises(RuntimeError, match=r"a frozen module, probably 'blocks\.1\.drop_path1', draws random numbers"):
         shared({"a": images, "b": images})
     shared.eval()
     shared({"a": images, "b": images})
@@ -335,7 +335,7 @@ def test_statistics_of_all_models_are_refused(images: Tensor) -> None:
         return efft.apply(nn.Sequential(*layers), efft.EfftConfig(rank=2, targets=["1", "3"], head=["4"])).train()
 
     shared = efft.SharedBackbone({"a": make(), "b": make()})
-    with pytest.raises(ValueError, match="2 updates its buffers in training, with the samples of all models"):
+    with pytest.raises(ValueError, match="2' updates its buffers in training, with the samples of all models"):
         shared({"a": images, "b": images})
     shared.eval()({"a": images, "b": images})
 

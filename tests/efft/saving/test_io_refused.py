@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     "a plan without weights": (lambda d: d["plan"][0].update(weights={}), "must name its weights"),
     "a site that is none": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=-1"}),
-        "'plan' has no valid place in its train for a weight: 'layer=-1'",
+        "'plan' has no valid place in its tensor train for a weight: 'layer=-1'",
     ),
     "a site outside its train": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=7 cores=0:3"}),
@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     ),
     "a site of other sizes": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=0 cores=0:2"}),
-        r"blocks.0.attn.qkv is of size \(16, 48\), but its update in the adapter is of size \(16, 32\)",
+        r"blocks.0.attn.qkv' is of size \(16, 48\), but its update in the adapter is of size \(16, 32\)",
     ),
     "sizes of a train": (
         lambda d: d["plan"][0].update(sizes=[16, 16, 2, 2**40]),
