@@ -157,8 +157,8 @@ class Constants:
         for name, module, training, children in self._modules:
             if module.training != training:
                 return (
-                    f"{repr(name) if name else 'the model'} was switched to {'training' if module.training else 'eval'} "
-                    "mode"
+                    f"{repr(name) if name else 'the model'} was switched to "
+                    f"{'training' if module.training else 'eval'} mode"
                 )
             if module._modules != children:
                 return f"a module inside {repr(name) if name else 'the model'} was replaced"
