@@ -184,7 +184,7 @@ def floor(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def paper(c: Case) -> tuple[Kernels, Kernels]:
-    """Compute x dW for every joined matrix, concatenate, scale and add under autograd, as the paper's code does."""
+    """Compute x dW for each joined matrix, concatenate, scale and add under autograd, as the EFFT paper's code does."""
     m, d_in, each = c.machine, c.layer.d_in, c.layer.d_out // c.layer.matrices
     build = c.tiny + m.memory(2 * d_in * each)
     per_matrix: Kernels = [("build dW", build), ("x dW", m.product(c.tokens, each, d_in))]

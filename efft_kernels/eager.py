@@ -5,7 +5,7 @@ cuBLAS or oneDNN. W and b are the frozen weight and the bias of a linear layer,
 and the update of the layer is D G, the product of two factors. ``tt_linear`` computes h = x D in the forward pass and
 dh = gy Gᵀ in the backward pass, where gy is the gradient of the output. The products h G and dh Dᵀ are added in place
 to the products with W. Therefore neither pass has a temporary tensor of the size of W. Factors are cast to the dtype of
-the activations, and never the other way round.
+the activations, and never the other way round. Other backends use some of these functions for parts of their ops.
 
 In the names of gradients, d stands for "gradient of". The arguments ``need_...`` of a backward function state which
 gradients are needed. All other gradients are returned with 0 elements.
@@ -198,11 +198,11 @@ def layer_norm_bwd(
     need_dx: bool,
     need_dgamma: bool,
     need_dbeta: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # dx [tokens, d_in] in the dtype of x, dgamma and dbeta [d_in] in theirs
+) -> tuple[Tensor, Tensor, Tensor]:  # dx [tokens, d_in], dgamma and dbeta [d_in]
     """Compute the gradients of a layer norm with torch's kernel, from dn, the gradient of the norm's output.
 
-    The kernel needs one dtype for all inputs except the statistics, so the inputs are cast. A gradient that is not
-    needed has 0 elements. If no gradient is needed, nothing is read.
+    The kernel needs one dtype for all inputs except the statistics, so the inputs are cast. Each gradient is cast back
+    to the dtype of its tensor. A gradient that is not needed has 0 elements. If no gradient is needed, nothing is read.
     """
     likes = [x if like is None else like for like in (x, gamma, beta)]
     needs = [need_dx, need_dgamma, need_dbeta]

@@ -3,7 +3,7 @@
 All rows have the same inputs. In half precision they run under autocast, as in training. They compute the same output
 y = x Wᵀ + b + (x D) G and the gradients with respect to x, D and G. The LoRA rows train A = Dᵀ and B = Gᵀ instead of D
 and G. There are two exceptions. The row ``merged`` computes the same y, but only the gradient dx. The row ``floor``,
-the frozen baseline, computes y = x Wᵀ + b and dx.
+the frozen baseline, computes y = x Wᵀ + b and dx. "The paper" is the paper that introduced EFFT.
 """
 
 from __future__ import annotations

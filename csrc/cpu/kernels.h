@@ -1,6 +1,7 @@
-// Defines the interface between the torch binding and the CPU kernels. The interface depends neither on torch nor on
-// instruction sets. It consists of plain structs of pointers, and of one table of functions for each instruction set in
-// the library. The names of matrices and sizes are those of efft_kernels/ops, except that `rank` is called r1 there.
+// Defines the interface between the torch binding (the files tt_*.cpp) and the CPU kernels. The interface depends
+// neither on torch nor on instruction sets. It consists of plain structs of pointers, and of one table of functions for
+// each instruction set in the library. The names of matrices and sizes are those of efft_kernels/ops, except that
+// `rank` is called r1 there.
 #pragma once
 
 #include <cstdint>

@@ -99,8 +99,7 @@ EFFT_INLINE Floats spread(const bf16* from, bool is_whole) {
   return (Floats)(Bits{} + pair);
 }
 
-// Loads `count` elements of a row of B. For bf16, it loads pairs; rows of pairs are padded, so that all lanes may be
-// read.
+// Loads `count` elements of a row of B. For bf16, it loads pairs; rows of pairs are padded, so all lanes may be read.
 EFFT_INLINE Floats row_of_right(const float* from, int count) {
   return load(from, count);
 }

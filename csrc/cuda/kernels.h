@@ -1,6 +1,7 @@
-// Declares the interface between the torch binding and the CUDA kernels, which does not depend on torch. A plain struct
-// of pointers, sizes and strides describes each operation. One function per operation launches its kernels on a stream.
-// A few more functions tell the binding which part of the work the kernels of an operation will do.
+// Declares the interface between the torch binding (the files tt_*.cpp) and the CUDA kernels. The interface does not
+// depend on torch. A plain struct of pointers, sizes and strides describes each operation. One function per operation
+// launches its kernels on a stream. A few more functions tell the binding which part of the work the kernels of an
+// operation will do.
 //
 // Terms that all files in this folder use:
 // - tokens: the rows of the input of a layer.

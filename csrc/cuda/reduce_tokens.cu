@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(WARPS * 32) reduce_tokens_kernel(const __grid_
   const int64_t tokens = range(op.tokens, op.splits), begin = split * tokens;
   const int64_t end = begin + tokens < op.tokens
                           ? begin + tokens
-                          : op.tokens;  // the sources below end here, so that tiles contain zeros beyond the range
+                          : op.tokens;  // the sources below end here, so tiles contain zeros beyond the range
   const int64_t rank = static_cast<int64_t>(blockIdx.z) * RANKS, size_G = op.rank * op.d_out;
   float* const partial_G = op.partials + split * (size_G + op.d_in * op.rank);
   float* const partial_D = partial_G + size_G;

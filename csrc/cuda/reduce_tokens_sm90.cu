@@ -47,7 +47,7 @@ struct alignas(16) Elements {
   T values[EACH<T>];
 };
 
-// To sum columns, ACROSS threads read one row of 64 columns, so that a block reads DOWN rows at a time.
+// To sum columns, ACROSS threads read one row of 64 columns. Therefore a block reads DOWN rows at a time.
 template <class T>
 constexpr int ACROSS = COLUMNS / EACH<T>;
 template <class T>

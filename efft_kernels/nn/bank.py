@@ -1,4 +1,4 @@
-"""Define ``FactorBank``, the base class of all modules that own factors shared by many layers.
+"""Define ``FactorBank``, the base class of all modules that own factors shared by many layers, and helpers for it.
 
 A bank owns the trainable tensors (the factors). A *site* is the part of a bank that one layer uses. The *operands* of
 a site are the tensors by which its layer multiplies, in general D and G. A *pass* is one forward pass of the model,

@@ -3,8 +3,8 @@
 A bank is the module that owns the trained factors of many layers. The operands of a layer are the tensors that the bank
 composes from the factors and by which the layer multiplies (in general D and G). In evaluation the factors do not
 change between two forward passes, so composing the operands again would give the same tensors. :class:`Evaluated` holds
-the operands and a copy or a description of everything from which they were computed. Before every reuse, it compares
-this with the current state of the bank, so nobody needs to report that factors have changed.
+the operands and a copy or a description of everything from which they were computed. Before every reuse, this
+record is compared with the current state of the bank, so nobody needs to report that factors have changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Set the initial values of U, the cores and V, the factors of the update ``ΔW = s · U C V``.
+"""Set the initial values of the factors U, C (the cores) and V of ``ΔW = s · U C V``, and compute the scale s.
 
 U or V starts at zero, so that the update starts at zero. The other one and the cores are Xavier-uniform. PyTorch
 derives the Xavier bound of a three-dimensional parameter from its *layout*, the order of its dimensions. The scales s

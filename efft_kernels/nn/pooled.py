@@ -1,4 +1,4 @@
-"""Define linear layers that hold the updates of many adapters. Each call uses the selected adapters.
+"""Define linear layers that hold the updates, or entire weights, of many adapters. A call uses the selected adapters.
 
 The adapters are stored as *stacks*: tensors with one row (entry of the first dimension) per adapter. Row 0 stands for
 the frozen base model without an adapter.

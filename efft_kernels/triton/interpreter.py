@@ -6,8 +6,7 @@ repairs products and conversions, and raises an error for arithmetic on bfloat16
 need no such arithmetic, because they compute in fp32.
 
 The module also repairs ``range`` over values of the interpreter, which fails with numpy 2.4. It patches private classes
-of Triton. ``tests/efft_kernels/triton`` shows whether the patches work with the
-installed version of Triton.
+of Triton. ``tests/efft_kernels/triton`` shows whether the patches work with the installed version of Triton.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from efft.adapting.adapter import SHARING
+from efft.adapting.adapter import SHARING, check_not_aside
 from efft.adapting.inject import adapted_layers, adapter_of
 from efft.adapting.offload import check_present
 from efft.adapting.placing import Update, updates_by_parameter
@@ -111,6 +111,7 @@ def merged_state_dict(
             other tensors (a parametrization, for example).
     """
     model = unwrap(model)
+    check_not_aside(adapter_of(model), "merged_state_dict")
     check_whole(model, "merged_state_dict")
     check_stored(adapted_layers(model), "merged_state_dict")
     check_present(model, "merged_state_dict")

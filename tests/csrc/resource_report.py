@@ -9,7 +9,7 @@ A fault is one of the following:
 - more spilled registers or a larger stack frame than allowed
 - more than 48 KiB of static shared memory
 - a 16-bit product without tensor-core instructions or without asynchronous copies
-- a compiler message that these instructions were serialized
+- a compiler message that tensor-core instructions were serialized
 
 The report does not check speed or results.
 """

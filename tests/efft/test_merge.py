@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
+from efft.methods import LoRETTAAdpConfig
 from efft_kernels import EfftLinear
 
 Make = Callable[..., nn.Module]
@@ -158,6 +159,49 @@ def test_merge_and_unmerge_are_idempotent(adapted_vit: Make, unchanged: Unchange
         assert str(report) == "nothing to merge: all layers were merged already"
         efft.unmerge(model)
         efft.unmerge(model)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_merged_state_is_not_loaded_into_a_model_that_would_add_the_update_again(
+    plain: bool, adapted_vit: Make, tiny_vit: Make, images: Tensor
+) -> None:
+    """``plain``: the state dict has lost its metadata, as in a file of safetensors."""
+    source = adapted_vit().eval()
+    efft.merge(source)
+    expected, state = source(images), source.state_dict()
+    state = dict(state) if plain else state
+    model = efft.apply(tiny_vit().eval(), source.efft.config)
+    with pytest.raises(ValueError, match="is that of a model whose update was merged"):
+        model.load_state_dict(state)
+    source.load_state_dict(state)
+    assert torch.equal(source(images), expected)
+
+
+@pytest.mark.parametrize("config", [efft.EfftConfig(rank=4), LoRETTAAdpConfig(rank=2)], ids=["efft", "adapter"])
+def test_the_state_of_another_base_is_loaded(config: Any, tiny_vit: Make, randomize: Make, images: Tensor) -> None:
+    source = randomize(efft.apply(tiny_vit().eval(), config), 0.3)
+    other = tiny_vit().eval()
+    for parameter in other.parameters():
+        parameter.data.mul_(0.9)
+    efft.apply(other, config)
+    other.load_state_dict(source.state_dict())
+    assert torch.equal(other(images), source(images))
+
+
+def test_a_merged_model_does_not_load_other_weights_or_factors(
+    adapted_vit: Make, images: Tensor, unchanged: Unchanged
+) -> None:
+    model = adapted_vit().eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    factors = {name: 2 * tensor for name, tensor in state.items() if name.startswith("efft.")}
+    before = model(images)
+    efft.merge(model)
+    for other in (state, factors):
+        with unchanged(model), pytest.raises(ValueError, match=r"call efft.unmerge\(model\) before loading"):
+            model.load_state_dict(other, strict=False)
+    efft.unmerge(model)
+    model.load_state_dict(state)
+    assert torch.equal(model(images), before)
 
 
 def test_remove_from_a_merged_model(tiny_vit: Make, randomize: Make, unchanged: Unchanged) -> None:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft.adapting import buffers, extras
 from efft.adapting.placing import Update, find_update
-from efft.adapting.wrappers import plain_name, unwrap
+from efft.adapting.wrappers import unwrap
 from efft.config import AdapterConfig
 from efft_kernels import FactorBank
 from efft_kernels.nn.parameter import AdaptedParameter
@@ -50,6 +49,9 @@ class Adapter(nn.ModuleDict):
         self._originals: dict[str, Any] = {}
         self._base_buffers: dict[str, Tensor] = {}  # copies of the buffers of the base model
         self._base_extras: dict[str, Tensor] = {}  # copies of the trained biases and norms, from the base model
+        self._unknown: set[str] = set()  # the buffers, biases and norms of which these copies are out of date
+        self._aside = False  # whether buffers, biases and norms have the values of the base now (efft.disabled)
+        self._loading: Any = None  # the state dict that the model loads now (efft.adapting.loading.Loading)
         # Modules that stay in eval mode. They are in a plain list, so they are not registered as submodules again.
         self._still: list[nn.Module] = []
         self._requires_grad: dict[str, bool] = {}
@@ -93,6 +95,23 @@ def adapter_of(model: nn.Module) -> Adapter:
             f"path) first"
         )
     return adapter
+
+
+def check_not_aside(adapter: Adapter, operation: str) -> None:
+    """Check that the model has its trained buffers, biases and norms, which ``efft.disabled`` replaces by the base's.
+
+    Args:
+        adapter: the adapter of the model.
+        operation: the operation that needs the trained values, for the error message.
+
+    Raises:
+        RuntimeError: the model has the values of the base.
+    """
+    if adapter._aside:
+        raise RuntimeError(
+            f"{operation}: within the with block of efft.disabled, this model has the buffers, biases and norms of the "
+            "base instead of the trained ones; leave the block first"
+        )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Update]:
@@ -195,20 +214,3 @@ def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
         place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")
         ran[place] = ran.get(place, False) or layer.binding not in idle or not layer.enabled or layer.merged
     return [name for name in layers if not ran[re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")]]
-
-
-def base_loaded(model: nn.Module, incompatible: Any) -> None:
-    """Record loaded buffers, biases and norms as values of the base model if the checkpoint contains no factors."""
-    adapter = getattr(model, "efft", None)
-    missing = [plain_name(name) for name in incompatible.missing_keys]
-    if not isinstance(adapter, Adapter) or not all(_among(f"efft.{name}", missing) for name in adapter.state_dict()):
-        return
-    loaded = buffers.snapshot(model, adapter.head)
-    adapter._base_buffers.update({name: value for name, value in loaded.items() if not _among(name, missing)})
-    trained = extras.snapshot(model, adapter.extras)
-    adapter._base_extras.update({name: value for name, value in trained.items() if not _among(name, missing)})
-
-
-def _among(name: str, names: list[str]) -> bool:
-    """Return whether ``names`` contains ``name``, possibly with a prefix (if this model is a part of a larger one)."""
-    return any(other == name or other.endswith(f".{name}") for other in names)

@@ -69,10 +69,10 @@ def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) 
 
 
 @contextmanager
-def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[None]:
+def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[bool]:
     """Replace the buffers that differ from ``base`` by copies of ``base`` within the ``with`` block.
 
-    Changes to these copies are lost.
+    Changes to these copies are lost. The value of the ``with`` statement tells whether a buffer was replaced.
     """
     trained = []
     for name, module, key in list(_changed(model, head, base)):
@@ -82,7 +82,7 @@ def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]
             trained.append((module, key, buffer))
             module._buffers[key] = base[name].to(buffer, copy=True)
     try:
-        yield
+        yield bool(trained)
     finally:
         for module, key, buffer in trained:
             module._buffers[key] = buffer

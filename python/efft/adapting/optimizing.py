@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from efft.adapting import extras
-from efft.adapting.adapter import Adapter
+from efft.adapting.adapter import Adapter, adapter_of, check_not_aside
 from efft.adapting.wrappers import unwrap
 from efft.config import check_rates
 from efft.planning.extras import is_name_of_bias, is_norm
@@ -32,10 +33,12 @@ def parameter_groups(
 
     As in the paper's recipe, weight decay acts only on factors and head. For a model without factors (a linear probe),
     all trained parameters are in ``head``, and a UserWarning is issued if nothing in the model is frozen. Empty groups
-    are left out. ``model`` may be wrapped by DDP or a similar wrapper.
+    are left out. A UserWarning is issued if the parameters of a kind are stored in so few bits that most of their
+    entries would not change by a step of the size of the learning rate.
 
     Args:
-        model: a model that :func:`apply`, or peft with an ``EfftPeftConfig``, has adapted.
+        model: a model that :func:`apply`, or peft with an ``EfftPeftConfig``, has adapted. It may also be a module that
+            contains such models, such as the wrapper of DDP, a moving average or a ``LightningModule``.
         lr: the learning rate of every kind for which no other rate is set.
         weight_decay: the weight decay of factors and head.
         head_lr, scale_lr: the learning rates of head and scales. By default, ``head_lr`` is ``lr`` and ``scale_lr`` is
@@ -47,7 +50,7 @@ def parameter_groups(
 
     Raises:
         ValueError: a rate is not a positive number, a kind is unknown, ``rates`` and ``head_lr`` or ``scale_lr`` set
-            the same rate, or the active adapters of peft have different rates.
+            the same rate, or the active adapters of peft, or the models inside ``model``, have different rates.
     """
     _check_rates(rates or {}, head_lr, scale_lr)
     model = unwrap(model)
@@ -80,7 +83,56 @@ def parameter_groups(
                 "weight_decay": weight_decay if kind in ("factors", "sides", "cores", "head") else 0.0,
             }
         )
+    _warn_of_lost_steps(groups)
     return [group for group in groups if group["params"]]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Multiply learning rates of an optimizer by the rates of the adapter's configuration.
+
+    A group of the optimizer is split if its parameters have different rates. Call this function before a scheduler
+    reads the groups. Do nothing if ``model`` is not adapted, or if its configuration has no rates.
+
+    Raises:
+        ValueError: the models inside ``model``, or the active adapters of peft, have different rates.
+    """
+    adapted = _adapted(unwrap(model))
+    if adapted is None or not adapted.rates:
+        return
+    rates = {id(p): adapted.rates.get(kind, 1.0) for kind, ps in _by_kind(model, adapted).items() for p in ps}
+    for group in list(optimizer.param_groups):
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_rate.setdefault(rates.get(id(parameter), adapted.rates.get("head", 1.0)), []).append(parameter)
+        parts = [{**group, "params": params, "lr": group["lr"] * rate} for rate, params in by_rate.items()]
+        for i, part in enumerate(parts):
+            if i == 0:
+                group.update(part)
+            else:
+                optimizer.add_param_group(part)
+
+
+@torch.no_grad()
+def _warn_of_lost_steps(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Warn about groups in which rounding would undo a step of the size of the learning rate in most of the entries."""
+    for group in groups:
+        narrow = [p for p in group["params"] if group["lr"] and _is_narrow(p)]
+        entries = sum(p.numel() for p in group["params"])
+        lost = sum(int(((p + group["lr"] == p) & (p - group["lr"] == p)).sum()) for p in narrow)
+        if 2 * lost > entries:
+            kinds = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in narrow}))
+            warnings.warn(
+                f"a step of the learning rate {group['lr']:g} would not change {lost:,} of the {entries:,} entries of "
+                f"the {group['name']}, because {kinds} rounds it away: keep the parameters in float32 (model.float(), "
+                "with autocast for speed), or raise their learning rate",
+                stacklevel=3,
+            )
+
+
+def _is_narrow(parameter: nn.Parameter) -> bool:
+    """Return whether the values of a parameter are present and have a floating-point format of 16 bits."""
+    sharded = hasattr(parameter, "full_tensor") or parameter.numel() == 0  # ZeRO-3 leaves empty tensors
+    return parameter.dtype in (torch.float16, torch.bfloat16) and not parameter.is_meta and not sharded
 
 
 def _check_rates(rates: Mapping[str, float], head_lr: float | None, scale_lr: float | None) -> None:
@@ -106,13 +158,30 @@ class _Adapted(NamedTuple):
 
 
 def _adapted(model: nn.Module) -> _Adapted | None:
-    """Return the trained parts of a model, or None if the model is not adapted."""
-    adapter = getattr(model, "efft", None)
-    if isinstance(adapter, Adapter):
-        trained = list(extras.parameters_of(model, adapter.extras).values())
-        return _Adapted(dict(adapter.named_parameters()), trained, getattr(adapter.config, "rates", {}))
-    tuner: Any = next((module for module in model.modules() if "efft_banks" in module._modules), None)
-    return None if tuner is None else _adapted_by_peft(model, tuner)
+    """Return the trained parts of a model and of the models inside it, or None if none of them is adapted.
+
+    Raises:
+        ValueError: the models have different rates.
+    """
+    inside = {name: m for name, m in model.named_modules() if isinstance(m._modules.get("efft"), Adapter)}
+    if not inside:
+        tuner: Any = next((module for module in model.modules() if "efft_banks" in module._modules), None)
+        return None if tuner is None else _adapted_by_peft(model, tuner)
+    factors: dict[str, nn.Parameter] = {}
+    trained: dict[int, nn.Parameter] = {}
+    rates: list[Mapping[str, float]] = []
+    for prefix, module in inside.items():
+        adapter = adapter_of(module)
+        check_not_aside(adapter, "parameter_groups")
+        factors |= {f"{prefix}.{name}".lstrip("."): p for name, p in adapter.named_parameters()}
+        trained |= {id(p): p for p in extras.parameters_of(module, adapter.extras).values()}
+        rates.append(getattr(adapter.config, "rates", {}))
+    if any(other != rates[0] for other in rates):
+        raise ValueError(
+            f"the adapted models {', '.join(map(repr, inside))} in this {type(model).__name__} have different rates "
+            f"{rates}: call efft.parameter_groups for each of them"
+        )
+    return _Adapted(factors, list(trained.values()), rates[0])
 
 
 def _adapted_by_peft(model: nn.Module, tuner: Any) -> _Adapted:

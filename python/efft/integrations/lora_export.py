@@ -19,6 +19,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from efft.adapting import buffers, extras
+from efft.adapting.adapter import check_not_aside
 from efft.adapting.inject import Adapter, adapted_layers, adapter_of
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import plain_name, unwrap
@@ -82,6 +83,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     """
     model = unwrap(model)
     adapter, folder = adapter_of(model), Path(folder)
+    check_not_aside(adapter, "export_lora")
     check_whole(model, "export_lora")
     check_stored(adapted_layers(model), "export_lora")
     layers = adapted_layers(model)

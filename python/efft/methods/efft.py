@@ -9,21 +9,22 @@ import copy
 import dataclasses
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from efft.adapting.heads import find_head
 from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, check_rates, is_number, is_setting, is_size
 from efft.hints import nearest
 from efft.planning.budget import fit_budget
-from efft.planning.extras import Extras
+from efft.planning.extras import Extras, find_extras
 from efft.planning.roles import trains_by_role
 from efft.planning.shapes import TensorTrain, trains_by_shape
-from efft.planning.structure import Weight
-from efft.planning.targets import Target
+from efft.planning.structure import Weight, structure_of
+from efft.planning.targets import Target, select
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.initialization import CORE_LAYOUTS, MOVEMENT, automatic_scale
 
@@ -122,10 +123,10 @@ class EfftConfig(AdapterConfig):
 
     bias: Literal["none", "all", "adapted", "auto"] = "none"
     """Biases that are trained and saved in addition to the factors: "all" (those of the whole model outside the head,
-    including those of normalization layers), "adapted" (those of the adapted layers), or "auto". "auto" is like
-    "adapted", but it also accepts layers without biases, and it leaves out the biases of queries, keys and values if
-    the library knows the roles of the layers: a softmax does not depend on the bias of the keys, and a bias of the
-    values has the same effect as a bias of the output projection."""
+    including those of normalization layers, but not those that the model itself does not train), "adapted" (those of
+    the adapted layers), or "auto". "auto" is like "adapted", but it also accepts layers without biases, and it leaves
+    out the biases of queries, keys and values if the library knows the roles of the layers: a softmax does not depend
+    on the bias of the keys, and a bias of the values has the same effect as a bias of the output projection."""
 
     norms: bool = False
     """Whether the weights and biases of all normalization layers are trained and saved in addition to the factors."""
@@ -233,6 +234,23 @@ class EfftConfig(AdapterConfig):
         chosen = {name: value for name, value in automatic.items() if name not in ("rank", "bias")}
         config: EfftConfig = fit_budget(cls, model, budget, {**chosen, **fields})
         return config
+
+    def planner(self, model: nn.Module) -> Callable[[EfftConfig], tuple[Sequence[EfftGroup], int]]:
+        """Return a function that plans configurations that differ from this one in their rank, bias and norms only.
+
+        The function returns the groups of such a configuration in ``model``, and the number of entries of all biases
+        and norms that the configuration trains in addition to factors and head.
+        """
+        head = find_head(model, self.head)
+        structure = structure_of(model, head, share_tied=True)
+        targets = select(model, structure, self.targets, self.exclude, self.kinds)
+
+        def plan(config: EfftConfig) -> tuple[Sequence[EfftGroup], int]:
+            groups = config.groups(model, targets)
+            weights, _ = structure.with_tied({n: structure.weights[n] for group in groups for n in group.sites})
+            return groups, sum(find_extras(model, config.extras, weights, head).values())
+
+        return plan
 
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[EfftGroup]:
         """Return the groups for these weights, one per tensor train.

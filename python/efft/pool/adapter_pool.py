@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from efft.adapting import buffers, extras
+from efft.adapting.adapter import check_not_aside
 from efft.adapting.inject import adapted_layers, adapter_of, remove
 from efft.adapting.placing import linear_layers
 from efft.config import is_number
@@ -163,6 +164,7 @@ class AdapterPool:
         with self._changing, torch.inference_mode(False):  # inference tensors could not be written later
             self._check_new(name)
             adapter = adapter_of(adapted)
+            check_not_aside(adapter, "AdapterPool.add")
             buffers.check_none(name, buffers.changed(adapted, adapter.head, adapter._base_buffers))
             layers = adapter.layers
             linear_layers(adapted_layers(adapted))

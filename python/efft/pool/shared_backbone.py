@@ -193,7 +193,7 @@ class SharedBackbone(nn.Module):
         backbone = twin_of(first)
         copied = adapter_of(backbone)
         # The twin shares memory with the first model, whose trained values must not be reset.
-        copied._base_extras, copied._base_buffers = {}, {}
+        copied._base_extras, copied._base_buffers, copied._unknown = {}, {}, set()
         remove(backbone)
         own = _trained(first, adapter)
         shared = dict(first.named_parameters(remove_duplicate=False))

@@ -120,7 +120,9 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
                     store.append(record)
                     progress.show(run, record)
                 elif error is None:  # no run starts after an error, but the results of the other processes are saved
-                    error = f"{run}: {_reason(worker, answer)}; details in {log.name}, then run the same command again"
+                    error = (
+                        f"{run}: {_reason(worker, answer)}; see {log.name}, and run the same command again after a fix"
+                    )
                     log.write(((answer or {}).get("trace") or "").encode())
                     if answer is None:
                         workers.remove(worker)

@@ -95,7 +95,7 @@ def fetch_archive(archive: Archive, suffix: str | None = None) -> Path:
         found = [path for path in Path(scratch).iterdir() if path.name.endswith(suffix)]
         if len(found) != 1:
             names = sorted(path.name for path in Path(scratch).iterdir())
-            raise RuntimeError(f"expected {archive} to give one *{suffix} file, got {names}")
+            raise RuntimeError(f"expected one *{suffix} file from {archive}, got {names}")
         _verify(found[0], archive)
         os.replace(found[0], target)
     return target

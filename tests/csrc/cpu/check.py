@@ -24,8 +24,8 @@ from efft_kernels import build, native
 
 ROOT = Path(__file__).parents[3]
 SANITIZERS = "-fsanitize=address,undefined"
-#: The option -k of pytest that selects the tests of the backend cpu. It excludes the other backends, because the ids of
-#: their tests may contain "cpu" as well, as the name of the device.
+#: The value of pytest's option -k that selects the tests of the backend cpu. It excludes the other backends, because
+#: the ids of their tests may contain "cpu" as well, as the name of the device.
 OF_THE_BACKEND = "cpu and not (eager or reference or triton)"
 
 

@@ -2,7 +2,7 @@
 
 A producer is a GELU or layer norm before the layer. Each operand ends directly before an unreadable page of memory, so
 an access beyond the end stops the process. This also finds wrong loads of matrix registers (AMX), which the sanitizers
-do not check.
+do not check. The results must agree with those of operands in ordinary memory.
 """
 
 from __future__ import annotations

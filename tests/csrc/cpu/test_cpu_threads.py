@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -84,8 +85,8 @@ def test_many_threads_at_once() -> None:
 
 
 def resident() -> int:
-    """Return the resident memory of this process in bytes, if its pages have 4096 bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    """Return the resident memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.slow

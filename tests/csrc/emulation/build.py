@@ -51,7 +51,7 @@ def hopper() -> Hopper:
 
 
 def runs_hopper() -> bool:
-    """Return whether the emulator can run the kernels for compute capability 9.0; print to stderr what is missing."""
+    """Return whether the emulator can run the kernels for compute capability 9.0. If not, print why to stderr."""
     try:
         hopper()
     except BuildError as missing:

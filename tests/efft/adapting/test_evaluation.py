@@ -78,12 +78,23 @@ def _averaged(model: nn.Module, images: Tensor) -> None:
         factor.data.copy_(factor.data * 0.5)
 
 
+def _unregistered(model: nn.Module, images: Tensor) -> None:
+    """Replace a factor by a tensor that is not a parameter, as for forward-mode differentiation, and change it."""
+    bank: Any = model.efft["mhsa"]
+    value = bank.V.detach()
+    for factor in (1.0, 2.0):
+        del bank.V
+        bank.V = factor * value
+        evaluated(model, images)
+
+
 CHANGES: dict[str, Callable[[nn.Module, Tensor], None]] = {
     "step": _step,
     "merged and unmerged": _merge_and_back,
     "disabled": _disabled,
     "in place": _in_place,
     "averaged": _averaged,
+    "not a parameter": _unregistered,
     "to float64 and back": lambda model, images: (model.double(), _in_place(model, images), model.float())[0],
 }
 

@@ -142,3 +142,12 @@ def test_weights_of_something_else_too_are_left_out(base: nn.Module, other: str)
     with pytest.warns(UserWarning, match=r"shared\.weight \(2, .* tied: blocks\.0\.shared and blocks\.2\.shared and "):
         model = efft.apply(base, efft.EfftConfig(rank=2, head=["head"]))
     assert len(efft.adapted_layers(model)) == 4
+
+
+def test_a_head_that_shares_a_parameter_with_the_backbone(base: nn.Module, recwarn: pytest.WarningsRecorder) -> None:
+    efft.remove(efft.apply(base, efft.EfftConfig(rank=2)))
+    assert not recwarn.list
+    base.head.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))
+    base.register_parameter("table", base.head.weight)
+    with pytest.warns(UserWarning, match=r"head\.weight of the head and table are one parameter"):
+        efft.apply(base, efft.EfftConfig(rank=2))

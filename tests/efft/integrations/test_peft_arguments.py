@@ -5,6 +5,7 @@ The tests check the layers that the arguments select, the resulting settings, th
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,80 @@ def test_norms_are_trained_whole_a_copy_for_each_adapter(tmp_path: Path) -> None
     plain = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     with pytest.raises(ValueError, match="norms=True finds no normalization layer"):
         peft.get_peft_model(plain, EfftPeftConfig(r=2, target_modules=["0"], norms=True))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)).eval()
+
+
+def with_biases(**fields: Any) -> nn.Module:
+    """Return a model under peft, of whose trained parameters the values differ from those of the base."""
+    fields = {"r": 2, "target_modules": ["0", "3"], "bias": "all", "modules_to_save": [], "dropout": 0.0, **fields}
+    model: nn.Module = peft.get_peft_model(net(), EfftPeftConfig(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("fields", [{}, {"bias": "efft_only", "norms": True}], ids=str)
+def test_unloading_restores_biases_and_norms(fields: dict[str, Any]) -> None:
+    model, x = with_biases(**fields), torch.randn(5, 4)
+    y = model(x).detach()
+    torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), y)
+    base = model.unload()
+    assert base(x).equal(net()(x))
+    assert all(parameter.equal(base.state_dict()[name]) for name, parameter in net().state_dict().items())
+
+
+def test_a_deleted_adapter_leaves_the_biases_of_the_base() -> None:
+    model, x = with_biases(), torch.randn(5, 4)
+    model.delete_adapter("default")
+    model.add_adapter("other", EfftPeftConfig(r=2, target_modules=["0"], modules_to_save=[]))
+    model.set_adapter("other")
+    torch.testing.assert_close(model(x), net()(x))
+
+
+def test_biases_belong_to_one_adapter() -> None:
+    """peft has one copy of every bias, so another adapter would use the biases that the first one has trained."""
+    plain = EfftPeftConfig(r=2, target_modules=["0"], modules_to_save=[])
+    model, x = with_biases(), torch.randn(2, 4)
+    y = model(x)
+    with pytest.raises(ValueError, match=r"adapter 'default' trains biases .* supports only 1 adapter with bias"):
+        model.add_adapter("other", plain)
+    assert model(x).equal(y)
+    assert list(model.peft_config) == ["default"]
+    model.delete_adapter("default")
+    model.add_adapter("other", plain)
+    with pytest.raises(ValueError, match="adapter 'third' trains biases"):
+        model.add_adapter("third", EfftPeftConfig(r=2, target_modules=["0"], bias="auto", modules_to_save=[]))
+    with pytest.raises(ValueError, match="samples of '__base__' would use them too"):
+        with_biases()(x, adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"norms": True}, {"bias": "all", "norms": True}, {"bias": "none"}, {"target_modules": ["attn.qkv"]}],
+    ids=str,
+)
+def test_a_budget_counts_what_peft_trains(fields: dict[str, Any]) -> None:
+    timm = pytest.importorskip("timm", reason="needs the vision extra")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+    def trained(config: EfftPeftConfig) -> int:
+        model = peft.get_peft_model(timm.create_model("vit_tiny_patch16_224", **sizes), config)
+        used = {n: p for n, p in model.named_parameters() if "original_module" not in n and p.requires_grad}
+        return sum(p.numel() for n, p in used.items() if not n.startswith("base_model.model.head."))
+
+    vit = timm.create_model("vit_tiny_patch16_224", **sizes)
+    budget = trained(EfftPeftConfig(r=5, **{"bias": "auto", **fields}))
+    for spare, rank in ((0, 5), (1, 5), (-1, 4)):
+        config = EfftPeftConfig.auto(budget=budget + spare, model=vit, **fields)
+        assert config.rank == rank
+        assert trained(config) <= budget + spare
+    assert EfftPeftConfig.auto(r=8, lora_dropout=0.5) == EfftPeftConfig.auto(rank=8, dropout=0.5)
 
 
 def test_the_dtype_of_factors() -> None:

@@ -127,6 +127,23 @@ def test_trainer_checkpoints_only_the_adapter(tmp_path: Path) -> None:
     assert torch.equal(logits(efft.load_adapter(make(adapted=False), tmp_path / "saved")), expected)
 
 
+def test_trainer_uses_the_rates_of_the_configuration(tmp_path: Path) -> None:
+    model = make(adapted=False)
+    efft.apply(model, efft.EfftConfig.auto(rank=4, rates={"cores": 3.0, "biases": 2.0}))
+    optimizer = trainer(model, tmp_path, 1, AdapterTrainer, weight_decay=0.1).create_optimizer()
+    of = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    for group in efft.parameter_groups(model, 2e-2):
+        expected = {"cores": 6e-2, "biases": 4e-2}.get(group["name"], 2e-2)
+        assert [of[id(p)][0] for p in group["params"]] == pytest.approx([expected] * len(group["params"]))
+    assert len(of) == sum(p.requires_grad for p in model.parameters())
+    decays = {name: of[id(p)][1] for name, p in model.named_parameters() if p.requires_grad}
+    assert all(decay == (0.0 if name.endswith("bias") else 0.1) for name, decay in decays.items())
+    own = torch.optim.SGD(model.parameters(), lr=0.5)
+    kept = AdapterTrainer(model, trainer(model, tmp_path, 1).args, optimizers=(own, None))
+    assert kept.create_optimizer() is own
+    assert len(own.param_groups) == 1
+
+
 def test_trainer_loads_the_best_adapter(tmp_path: Path) -> None:
     """With this learning rate, the loss explodes after the first evaluation, so the last checkpoint is not the best."""
     best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}

@@ -58,7 +58,7 @@ def test_info_is_kept_and_shown(adapted_vit: Make, tmp_path: Path) -> None:
     card = (folder / CARD).read_text()
     assert "- top-1: 0.931\n- data: digits\n" in card
     assert "# EFFT adapter for VisionTransformer" in card
-    assert "rank 4, scale\n1.0, targets all, cores per_layer; 8 layers adapted" in card
+    assert "rank 4, scale 1.0, targets all, cores per_layer; 8 layers adapted" in card
     assert "all factors            640" in card
     assert card.startswith("---\nlibrary_name: efft-kernels\n")
 

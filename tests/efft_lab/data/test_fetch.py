@@ -14,7 +14,8 @@ import pytest
 import efft_lab.data
 from efft_lab.data.fetch import Archive, MissingToolError, cache_dir, extract_deb, fetch_archive, fetch_pypi
 
-# The search uses the path only: a search for pip would let setuptools restore the standard library's distutils.
+# PathFinder searches only sys.path. importlib.util.find_spec("pip") would also run an import hook of setuptools, which
+# then restores the standard library's distutils.
 needs_pip = pytest.mark.skipif(importlib.machinery.PathFinder.find_spec("pip") is None, reason="this Python has no pip")
 
 
@@ -144,7 +145,7 @@ def test_failing_client_is_quoted(fake_tool, home: Path) -> None:
 
 def test_client_that_writes_nothing(fake_tool) -> None:
     fake_tool("npm", "printf x > readme.txt")
-    with pytest.raises(RuntimeError, match=r"expected toy 3 \(npm\) to give one \*\.tgz file, got \['readme\.txt'\]"):
+    with pytest.raises(RuntimeError, match=r"expected one \*\.tgz file from toy 3 \(npm\), got \['readme\.txt'\]"):
         fetch_archive(Archive("npm", "toy", "3", "0" * 64))
 
 

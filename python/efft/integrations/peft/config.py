@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from peft import PeftConfig, PeftType
+from torch import nn
 
+from efft.integrations.peft.planning import plan_adapter, trained_beside
 from efft.methods.efft import EfftConfig
 
 
@@ -148,6 +151,28 @@ one adapter can train biases |
             raise ValueError(
                 "layers_pattern names the list to which the indices in layers_to_transform belong: set both or neither"
             )
+
+    @classmethod
+    def auto(cls, *, budget: int | None = None, model: Any = None, **fields: Any) -> EfftPeftConfig:
+        """Return a configuration that needs no search, as :meth:`EfftConfig.auto` does.
+
+        The rank and the dropout may also have peft's names. With ``budget``, the biases and norms are counted that peft
+        would train.
+        """
+        for alias, name in (("r", "rank"), ("lora_dropout", "dropout")):
+            if alias in fields and name not in fields:
+                fields[name] = fields.pop(alias)
+        config: Any = super().auto(budget=budget, model=model, **fields)
+        return cast(EfftPeftConfig, config)
+
+    def planner(self, model: nn.Module) -> Callable[[Any], tuple[Sequence[Any], int]]:
+        def plan(config: EfftPeftConfig) -> tuple[Sequence[Any], int]:
+            with warnings.catch_warnings():  # get_peft_model issues the warnings
+                warnings.simplefilter("ignore")
+                found = plan_adapter(model, config)
+            return found.groups, trained_beside(model, config, found)
+
+        return plan
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict that can be stored as JSON, without the names that ``targets`` selected in a model."""
