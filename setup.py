@@ -3,7 +3,7 @@
 The environment variable ``EFFT_BUILD_EXT`` selects the targets of the extension: ``auto`` (the default), ``none``,
 ``cpu`` or ``cuda``. efft_kernels/build.py documents these values and compiles the targets. With ``auto``, a target is
 left out if this machine lacks the tools to build it, or if its compilation fails. Without any target, the installed
-packages are pure Python.
+packages are pure Python. The sources in csrc/ are installed as well, so that the targets can be compiled later.
 """
 
 import importlib.util

@@ -3,8 +3,9 @@
 A row is one implementation of an adapted linear layer. The check and the timing use the same inputs. The check compares
 y and every gradient with the results of the dense formula in fp64. The plain formula, x Wᵀ + b + (x D) G computed by
 autograd in the precision of the row, has errors as well. The budget allows each error of the row to be at most twice
-the error of the plain formula. A row that exceeds the budget is not timed. In these inputs the update D G is as large
-as the frozen weight W, so that an error in the update is visible in y.
+the error of the plain formula. A row that exceeds the budget is not timed. In the inputs, the update D G is as large as
+the frozen weight W. An error in the update is therefore visible in y. A second function, :func:`small_update_error`,
+measures the error for an update that is much smaller than W.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Budget:
         expected = self._exact[row.adapts]
         owed = {"y", "dx", *(("dD", "dG") if row.trains else ())}
         if set(results) != owed:
-            raise ValueError(f"returns {', '.join(sorted(results))} instead of {', '.join(sorted(owed))}")
+            raise ValueError(f"the row returns {', '.join(sorted(results))} instead of {', '.join(sorted(owed))}")
         found = {}
         for name, got in results.items():
             if got.shape != expected[name].shape or got.dtype != self._dtypes[name]:

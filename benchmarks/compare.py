@@ -5,9 +5,9 @@
 
 The frozen baseline (the row "floor") is the layer or model without an update. The command compares the ratios to the
 frozen baseline if the result lines have them. Otherwise, and for the frozen baseline itself, it compares seconds. Two
-lines describe the same measurement if their fields in ``efft_lab.record.IDENTITY`` are equal. If a file contains a
-measurement several times, its last line counts. Measurements that are only in one file are not compared; the command
-lists those of the first file.
+lines describe the same measurement if their fields in ``efft_lab.record.IDENTITY`` are equal. A missing field is equal
+to None and to False. If a file contains a measurement several times, its last line counts. Measurements that are only
+in one file are not compared. The command lists the measurements that are only in the first file.
 
 A change is significant if the ranges from the 20 % to the 80 % quantile do not overlap and the medians differ by more
 than the threshold. The exit code is 1 if a measurement became significantly slower. It is also 1 if a measurement was
@@ -41,7 +41,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Change:
-    """Describe a significant change of one measurement.
+    """Describe a significant change of one measurement, or a measurement that was lost.
 
     Attributes:
         what: the values of the fields that identify the measurement, and the phase.

@@ -1,7 +1,8 @@
 """Count FLOPs and bytes by formula, and measure the peak speed of the machine.
 
-The formulas count the work that the results require: y = x Wᵀ + b + h G with h = x D, and the gradients dx, dD and dG,
-for which dh = gy Gᵀ is computed. Additional work of an implementation, such as building a dense update, does not count.
+The formulas count the work of one adapted linear layer: y = x Wᵀ + b + h G with h = x D, and the gradients dx, dD and
+dG. W and b are frozen, and D and G are the factors of the update. gy is the gradient with respect to y. The backward
+pass also computes dh = gy Gᵀ. Additional work of an implementation, such as building a dense update, does not count.
 The frozen baseline ("floor") computes only y = x Wᵀ + b and dx = gy W.
 """
 
@@ -85,7 +86,7 @@ class Peaks:
 
 
 def measure_peaks(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> Peaks:
-    """Repeat a square matrix product and a copy for ``seconds`` each, and return the speeds of the fastest ones."""
+    """Repeat a square matrix product and a copy for ``seconds`` each, and return the highest speeds."""
     cuda = torch.device(device).type == "cuda"
     n, length = (8192, 2**29) if cuda else (1024, 2**26)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

@@ -1,9 +1,9 @@
-"""Append the results of a demo run to ``benchmarks/results/demo.jsonl``.
+"""Append the results of a run of ``make demo`` to ``benchmarks/results/demo.jsonl``.
 
     make demo && python -m benchmarks.demo demo_out
 
-The run must be complete, and must come from this checkout and this machine, because the recorded commit, versions and
-machine are those of the present process.
+``demo_out`` is the folder to which the demo wrote its results. The demo must be complete. Run this module in the same
+checkout and on the same machine as the demo, because it records its own commit, versions and machine.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ The module is the class ``MixtralExperts`` of transformers, with the sizes of se
 selection of experts are random. A row is one implementation. Each of the following rows gives both parameters of the
 module (``gate_up_proj`` and ``down_proj``) an update of the same rank:
 
-- ``efft``: this library.
+- ``efft``: this library. An update is a product U C V. All matrices share U and V, and each has its own core C.
 - ``lora:peft``: LoRA of ``peft``, with its option ``target_parameters``.
 - ``dense``: the factors of this library, from which the dense weights W + dW are built in every pass.
 
@@ -15,8 +15,9 @@ The row ``floor`` is the frozen module without an update. Ratios divide the time
 
 A row is timed only if its output and all its gradients are accurate: their errors against fp64 may be at most twice
 those of dense weights in the same precision. If a row fails, its line contains the reason and no times. In the table,
-"saved" is the memory that a forward pass saves for the backward pass, and "trained" is the number of trained
-parameters.
+"both" is the time of a forward and backward pass, and "fwd" is the time of a forward pass. The columns with "floor"
+contain ratios. "saved" is the memory that a forward pass saves for the backward pass, and "trained" is the number of
+trained parameters.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Inputs:
     def module(self, implementation: str = "grouped_mm") -> nn.Module:
         """Return a frozen module that shares the weights in ``stored``.
 
-        ``implementation`` is the name of the function in transformers that computes the experts, such as "eager".
+        ``implementation`` names the code in transformers that computes the experts, such as "eager".
         """
         import transformers
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -214,7 +215,7 @@ def lora(inputs: Inputs) -> Trained:
         for side in ("lora_A", "lora_B"):
             factors[f"{name}.{side}"] = factor = getattr(layer, side)["default"].weight
             n = inputs.case.rank if side == "lora_B" else factor.shape[1]
-            nn.init.normal_(factor, std=n**-0.5)  # makes |dW| about |W|, so that an error in the update is visible
+            nn.init.normal_(factor, std=n**-0.5)  # |dW| is then about |W|, which makes errors visible
     n_experts = MODELS[inputs.case.model][2]
 
     def deltas(factors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -232,10 +233,11 @@ ROWS: dict[str, Callable[[Inputs], Trained]] = {"floor": floor, "efft": efft, "l
 
 
 def _bank(inputs: Inputs) -> tuple[TTFactors, dict[str, Site]]:
-    """Return the factors that both parameters share, and for each parameter the site that names its cores.
+    """Return the module with the factors of both parameters, and a site for each parameter.
 
-    Each expert has one core per matrix: two for ``gate_up_proj``, which joins two matrices, and one for ``down_proj``.
-    |dW| is about as large as |W|. All calls return equal values.
+    The site states which cores in the module belong to the parameter. Each expert has one core per matrix: two for
+    ``gate_up_proj``, which joins two matrices, and one for ``down_proj``. The norm of dW is about that of W. All calls
+    return equal values.
     """
     d, inner, n, _ = MODELS[inputs.case.model]
     bank = TTFactors(d, inner, inputs.case.rank, n_cores=3 * n, device=inputs.case.device)

@@ -1,7 +1,7 @@
 """Check the accuracy of rows, and time the rows that pass the check, for the commands ``experts`` and ``kinds``.
 
 A row is one implementation of an adapted layer. The row "floor" is the frozen baseline: the forward pass and dx of the
-layer without an update. The results contain all times also as ratios to the baseline.
+layer without an update. The results contain each time in seconds and as a ratio to the time of the baseline.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from efft_lab.record import quantiles
 
 
 class GatedRow(Protocol):
-    """Define what :func:`measure` needs from a row: the input ``x`` and the following methods."""
+    """Declare the members of a row that :func:`measure` uses. ``x`` is the input of the layer."""
 
     x: Tensor
 
@@ -58,8 +58,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measure every row and return one line of a result file per row.
 
-    A line holds the fields of ``common``, and times, ratios to the baseline and memory in bytes, or the ``reason`` why
-    the row was not timed. A row is timed only if its errors are at most ``budget.FACTOR`` times those of dense weights.
+    A row is timed only if its errors are at most ``budget.FACTOR`` times those of dense weights. Every line holds the
+    fields of ``common``. The line of a timed row also holds its times, its memory in bytes and, if the baseline was
+    timed, ratios to the baseline. The line of any other row holds the ``reason`` why it was not timed.
     """
     lines: dict[str, dict[str, Any]] = {}
     ready: dict[str, GatedRow] = {}

@@ -3,10 +3,10 @@
     make bench-gpu BUDGET=480
     python -m benchmarks gpu --budget 300 --device cpu --quick   # try the command without a GPU, on tiny sizes
 
-The most important jobs run first. Each job is a process with a time limit, which is a share of the budget in seconds.
-At this limit the job and all its child processes are stopped. Most jobs write results after each setting, so that a
-stopped job loses little. If a job fails, the next jobs still run, and the exit code is 1. A job that is stopped or not
-started does not count as a failure.
+The budget is a number of seconds. The most important jobs run first. Each job is a process with a time limit, which is
+a share of the budget. At this limit the job and all its child processes are stopped. Most jobs write results after each
+setting. A stopped job therefore loses little. If a job fails, the next jobs still run, and the exit code is 1. A job
+that is stopped or not started does not count as a failure.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def jobs(device: str, quick: bool, results: Path | None) -> list[Job]:
     ]
 
 
-#: Option that selects rows of the command ``serve``. It leaves out the backends reference and cpu, and large pools of
-#: adapters, which take long to fill.
+#: Option that selects rows of the command ``serve``. It leaves out the backends reference and cpu, and the rows
+#: ``pool:100`` and ``pool:1000``, which hold 100 and 1000 adapters and take long to prepare.
 _SERVED = "--rows base efft:eager efft:triton efft:cuda merged peft pool:1 pool:10"
 _OTHERS = "vit_l vit_h swin_b.1 swin_b.2 swin_b.3 swin_b.4"
 
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.budget <= 0:
         raise ValueError(f"--budget must be a positive number of seconds, got {args.budget:g}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device; to try the command without one, pass --device cpu --quick")
+        raise ValueError("there is no CUDA device; to try the command without a GPU, pass --device cpu --quick")
     outcomes = run_all(jobs(args.device, args.quick, args.results), args.budget)
     print()
     for name, outcome in outcomes.items():

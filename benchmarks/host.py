@@ -3,9 +3,9 @@
     python -m benchmarks host
 
 The host is the CPU that launches the operations. If a GPU finishes a layer faster than the host can launch the next
-one, the GPU waits for the host. This command therefore measures the host and not the arithmetic. The model is a chain
-of linear layers that are so small that their products take almost no time. A row is one way to adapt the chain; the row
-``linear`` is the frozen chain. Each row runs in four modes:
+one, the GPU waits for the host. This command measures the work of the host, not the arithmetic. The model is a chain of
+small linear layers, whose products take almost no time. A row is one way to adapt the chain. The row ``linear`` is the
+frozen chain. Each row runs in four modes:
 
 - ``forward``: a forward pass in training mode, which records an autograd graph.
 - ``forward_backward``: the same pass, followed by its backward pass.
@@ -22,8 +22,8 @@ between machines that have the same versions of Python and its packages.
 - Microseconds are the best of many repetitions. Every repetition runs all rows.
 
 The row ``efft:triton`` runs on the CPU with kernels that do nothing, and its counts do not include Triton's launcher.
-The row ``efft:cuda`` runs on the meta device. Only its dispatcher calls are counted, without those inside of this
-library's operators.
+The row ``efft:cuda`` runs on the meta device. Only its dispatcher calls are counted, and calls that this library's
+operators make are left out.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class HostRow:
     """Describe one way to adapt the chain.
 
     Attributes:
-        adapt: adapts the chain in place and returns the model to run.
+        adapt: function that adapts the chain in place and returns the model to run.
         backend: the backend of this library's ops, or None if the row does not use them.
         device: the device of all tensors.
         around: function that returns the context in which the row must run.
@@ -163,7 +163,7 @@ ROWS: dict[str, HostRow] = {
 def pass_of(row: HostRow, mode: str, dtype: str, depth: int) -> Callable[[], None]:
     """Return a function that runs one pass of a chain of ``depth`` layers, adapted by ``row``."""
     torch.manual_seed(0)
-    # The backbone has the measured dtype before it is adapted, so that the factors are in fp32 as in training.
+    # The backbone is converted to the measured dtype before it is adapted. The factors then stay in fp32.
     model = row.adapt(Chain(depth).to(getattr(torch, dtype))).to(row.device)
     model.train(mode.startswith("forward"))
     training = model.training
@@ -298,7 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("host", __doc__)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--repeats", type=int, default=400, help="default: %(default)s; 0 counts calls only")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=400,
+        help="default: %(default)s; with 0, calls are counted and no time is measured",
+    )
     args = parser.parse_args(arguments)
     for dtype in args.dtype:
         lines = measure(args.rows, dtype, args.repeats)

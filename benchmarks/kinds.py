@@ -3,7 +3,7 @@
     python -m benchmarks kinds --kind attention conv1d
 
 The command times a forward and backward pass of one module. A row is one implementation. Each of the following rows
-gives all weights of the module an update of the same rank:
+gives all weight matrices of the module an update of the same rank:
 
 - ``efft``: this library.
 - ``lora:peft``: LoRA of ``peft``.
@@ -12,8 +12,10 @@ gives all weights of the module an update of the same rank:
 The row ``floor`` is the frozen module without an update. Ratios divide the time of a row by the time of this baseline.
 
 A row is timed only if its errors against fp64 are at most twice those of dense weights in the same precision. The check
-covers the output and all gradients; for ``lora:peft`` it covers only y and dx. In the table, "saved" is the memory that
-a forward pass saves for the backward pass.
+covers the output y and all gradients. For ``lora:peft`` it covers only y and dx, the gradient with respect to the
+input. In the table, "both" is the time of a forward and backward pass, and "fwd" is the time of a forward pass. The
+columns with "floor" contain ratios. "saved" is the memory that a forward pass saves for the backward pass, and
+"trained" is the number of trained parameters.
 """
 
 from __future__ import annotations
@@ -162,7 +164,7 @@ def _adapted(case: Case) -> nn.Module:
     efft.apply(model, config)
     torch.manual_seed(2)
     for _, factor in efft.named_factors(model):
-        nn.init.normal_(factor, std=factor.shape[-2] ** -0.5)  # makes |dW| about |W|, so that its errors are visible
+        nn.init.normal_(factor, std=factor.shape[-2] ** -0.5)  # |dW| is then about |W|: errors are visible
     return model
 
 

@@ -7,7 +7,7 @@ implementation in the comparison, and every row runs in a new process. The comma
 
 - saved: the bytes of the storages that autograd saves between the forward and the backward pass. Each storage counts
   once. Storages that exist before the forward pass, such as weights and factors, do not count. There is one exception:
-  the input of a single layer counts, but the images of a model do not. Copies of weights that autocast makes count.
+  the input of a single layer counts, but the images of a model do not. Copies of weights that autocast creates count.
 - peak: the largest memory of the process up to the end of the second step. On a CPU this is the resident memory
   (``VmHWM``), and on a GPU the memory that torch has allocated.
 - before: the memory in use after the model is created and before the first step.
@@ -147,7 +147,10 @@ def in_new_process(level: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def specifications(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the level and the specification of every row to measure."""
+    """Yield the level and the specification of every row to measure.
+
+    At the level "layer", names in ``args.rows`` that are not rows of the command ``ops`` are ignored.
+    """
     images, dtypes = (2, ["float32"]) if args.quick else (args.batch, args.dtype)
     if "model" in args.level:
         for dtype in dtypes:
@@ -173,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--batch", type=int, default=8, help="images")
     options.add_argument("--rank", type=int, default=Setting.rank)
-    options.add_argument("--rows", nargs="+", help="default: all")
+    options.add_argument("--rows", nargs="+", help="rows of the commands model and ops; default: all")
     options.add_argument("--quick", action="store_true", help="use 2 images, float32, and only fc1 of the layers")
     options.add_argument("--measure", nargs=2, metavar=("LEVEL", "JSON"), help=argparse.SUPPRESS)
     return options

@@ -4,8 +4,8 @@
 
 A design is a way to compute an adapted layer with a sequence of kernels. This module measures nothing. Its analytical
 model compares designs before they are implemented, and its predictions appear next to measured ratios. The module
-``roofline_gpu`` predicts the time of one kernel. The model assumes that no data is in a cache, and that the cost of an
-atomic operation is that of the bytes that it moves. It ignores the time in which the host launches kernels. Expect
+``roofline_gpu`` predicts the time of one kernel. The model assumes that no data is in a cache, and that an atomic
+operation costs as much as moving its bytes. It ignores the time in which the host launches kernels. Expect
 errors of a few percent per product.
 
 An adapted layer computes y = x Wᵀ + h G with h = x D, where x is [tokens, d_in], W is [d_out, d_in], D is [d_in, r] and
@@ -14,8 +14,8 @@ gradient with respect to y, and dh = gy Gᵀ. dx, dD, dG, dU, dC and dV are the 
 and V. dW is the update U C V as a dense matrix, and s is its scale. Activations and weights are in bf16.
 
 The neighbors of a layer are the operations before and after it (LayerNorm, GELU or attention). "Our" kernels and
-products belong to this library. "Vendor" products are those of cuBLAS. The design "floor" is the frozen baseline, to
-which all ratios refer.
+products belong to this library; "x is ours" means that our kernel computes x. "Vendor" products are those of cuBLAS.
+The design "floor" is the frozen baseline, to which all ratios refer.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def vit_block(width: int) -> tuple[Layer, ...]:
 class Case:
     """Predict the costs of one layer for a number of tokens and a rank.
 
-    The methods return times in microseconds, except :meth:`reductions`, which returns kernels.
+    The methods return times in microseconds, except :meth:`reductions`, which returns kernels with their times. The
+    properties ``x``, ``y``, ``h`` and ``w`` are sizes in bytes.
     """
 
     machine: Machine
@@ -81,7 +82,6 @@ class Case:
         if min(self.tokens, self.rank) < 1:
             raise ValueError(f"tokens and rank must be at least 1, got {self.tokens} and {self.rank}")
 
-    # The following properties are the sizes of the tensors in bytes.
     @property
     def x(self) -> int:
         return 2 * self.tokens * self.layer.d_in
@@ -169,8 +169,8 @@ class Case:
         return [("dG, dD", one_pass), ("dC, dV", self.tiny)]
 
 
-#: If a product also computes h: the time per column of h, relative to the time per column of y. benchmarks.steps fits
-#: this constant and the defaults of Machine to recorded medians.
+#: The time of a product per column of h, if the product also computes h, relative to its time per column of y.
+#: benchmarks.steps fits this constant and some defaults of Machine to recorded medians.
 _BESIDE = 0.8
 
 #: A function that returns the kernels of the forward pass and those of the backward pass. Its docstring is the
@@ -184,7 +184,7 @@ def floor(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def paper(c: Case) -> tuple[Kernels, Kernels]:
-    """Compute x dW for every joined matrix, concatenate, scale and add under autograd, as the paper's code does."""
+    """Compute x dW for each joined matrix, concatenate, scale and add under autograd, as the EFFT paper's code does."""
     m, d_in, each = c.machine, c.layer.d_in, c.layer.d_out // c.layer.matrices
     build = c.tiny + m.memory(2 * d_in * each)
     per_matrix: Kernels = [("build dW", build), ("x dW", m.product(c.tokens, each, d_in))]
@@ -224,7 +224,7 @@ def compiled_chain(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def eager(c: Case) -> tuple[Kernels, Kernels]:
-    """Run our eager backend: vendor products and sums in place; h is saved for the backward pass, dh computed once."""
+    """Run our eager backend: vendor products and in-place sums; h is saved for backward, and dh is computed once."""
     backward = [("gy Gᵀ", c.dh_alone()), ("gy W", c.dx()), ("dG", c.dh_alone()), ("dD", c.h_alone())]
     return [("x Wᵀ", c.forward()), ("x D", c.h_alone()), ("y += h G", c.add_up())], [
         *backward,
@@ -255,7 +255,7 @@ def lorafusion(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def augmented(c: Case) -> tuple[Kernels, Kernels]:
-    """Compute [x, h] [W, Gᵀ]ᵀ and gy [W, Gᵀ] as vendor products; our neighbors compute h and add dh Dᵀ."""
+    """Compute [x, h] [W, Gᵀ]ᵀ and gy [W, Gᵀ] as vendor products; our neighbor kernels compute h and add dh Dᵀ."""
     copy: Kernels = [] if c.layer.owns_x else [("copy x", c.machine.memory(2 * c.x))]
     forward = [("refresh G", c.refresh()), ("h", c.h_before()), *copy, ("[x, h] [W, Gᵀ]ᵀ", c.forward(k_more=c.rank))]
     return forward, [("gy [W, Gᵀ]", c.dx(n_more=c.rank)), *c.reductions(), ("dh Dᵀ", c.down_after())]
@@ -339,7 +339,7 @@ def best(c: Case) -> tuple[Kernels, Kernels]:
 
 
 def neighbors(c: Case) -> tuple[Kernels, Kernels]:
-    """Run augmented with dD, and for fc1 also dG, computed in our neighbors; run best where x is not ours."""
+    """Run augmented, but our neighbor kernels also compute dD (for fc1 also dG); if x is not ours, run best."""
     if not c.layer.owns_x:
         return best(c)
     left = 0 if c.layer.owns_gy else c.y  # bytes that a separate reduction must still read

@@ -3,8 +3,9 @@
     python -m benchmarks models --out docs/models.md
 
 The models are created on the meta device, without weights, and adapted there with ``EfftConfig(rank=16)``. A model is
-adapted "wholly" if at least 99 % of the weights in its repeated blocks are adapted, and otherwise "in part". The page
-lists the weights that are not adapted in these models. Nothing is downloaded. Without ``--out`` no page is written.
+adapted "wholly" if at least 99 % of the weights in its repeated blocks are adapted, and otherwise "in part". For a
+model that is adapted in part, the page lists the weights that are not adapted. Nothing is downloaded. Without ``--out``
+no page is written.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def create(library: str, name: str) -> nn.Module:
 
 
 def examine(library: str, name: str) -> Outcome:
-    """Create and adapt one architecture within :data:`PATIENCE` seconds. An error is part of the result."""
+    """Create and adapt one architecture within :data:`PATIENCE` seconds. The result also describes errors."""
     with _quietly(), _patience():
         try:
             model = create(library, name)

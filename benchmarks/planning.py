@@ -2,10 +2,10 @@
 
     python -m benchmarks planning
 
-Each block of these models has attention, with four linear layers, and 64 experts of three linear layers each. For each
-number of blocks, the command appends one line to the result file: the number of linear layers in the model, and the
-seconds that planning (``efft.inspect``) takes. The time should grow in proportion to the number of linear layers. The
-command therefore also prints the time per linear layer. Run it on an idle machine.
+``efft.inspect`` plans which layers to adapt. Each block of the models has attention, with four linear layers, and 64
+experts of three linear layers each. For each number of blocks, the command appends one line to the result file: the
+number of linear layers in the model, and the seconds that planning takes. The time should grow in proportion to the
+number of linear layers. The command therefore also prints the time per linear layer. Run it on an idle machine.
 """
 
 from __future__ import annotations

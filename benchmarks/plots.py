@@ -5,7 +5,8 @@
 A row is one implementation in a comparison. Ratios divide the time of a row by the time of the frozen baseline (the row
 "floor"), which is the layer or model without an update. A setting is a combination of values such as device, model,
 rank and dtype. Each picture of times or speeds shows the newest run of one setting and names the machine. Predictions
-of the analytical model (``benchmarks.model_roofline``) have hollow markers and are labeled as modeled.
+of the analytical model (``benchmarks.model_roofline``) have hollow markers and are labeled as modeled. Pictures of
+studies, and of the suites of ``efft compare``, show accuracies.
 
 This module needs matplotlib, which ``pip install "efft-kernels[train]"`` installs.
 """

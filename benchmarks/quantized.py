@@ -35,7 +35,8 @@ from efft_lab.record import append, machine_facts, quantiles
 class QuantizedRow:
     """Describe a format of frozen weights.
 
-    ``quantize`` converts the weight of one layer in place. None leaves the weights in the measured dtype.
+    ``quantize`` is a function that converts the weight of one layer in place. If it is None, the weights keep the
+    measured dtype.
     """
 
     name: str

@@ -3,8 +3,8 @@
     python -m benchmarks tables          # rewrites the tables in these pages
     python -m benchmarks tables ops_gpu  # prints one table
 
-In a page, a table stands between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``. The table of parameters comes
-from the library and not from a result file. The tests fail if a page differs from the output of this module.
+In a page, a table stands between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``. The table ``parameters``
+is computed with the library and has no result file. The tests fail if a page differs from the output of this module.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ PAGES = (ROOT / "README.md", ROOT / "docs/experiments.md", ROOT / "docs/performa
 def parameters() -> str:
     """Return a table of the number of factor parameters of each architecture, counted on the meta device.
 
-    EFFT2 (the default) has one tensor train for attention and one for the MLPs. EFFT1 has a single train for both.
+    EFFT2 (the default) has one tensor train for attention and one for the MLPs. In a Swin, every stage has two such
+    trains. EFFT1 has a single train for both. The table shows "-" for EFFT1 on a Swin, because the paper has no such
+    configuration. In the last column, all blocks of a train share their cores. Percentages are relative to the number
+    of parameters of the backbone.
     """
     import timm
     import torch
@@ -63,7 +66,7 @@ def parameters() -> str:
             count = count_plan(model, make_plan(model, config))
             cells.append(f"{count.factors:,} ({count.factors / count.backbone:.3%})")
         rows.append(cells)
-    return table(["model, the paper's ranks", "EFFT1", "EFFT2", "EFFT2, shared cores"], rows)
+    return table(["model (with the ranks of the paper)", "EFFT1", "EFFT2", "EFFT2, shared cores"], rows)
 
 
 def summary() -> str:
@@ -84,13 +87,15 @@ def summary() -> str:
             *(f"{_time(graphs, row)} ({_time(launched, row)}) x frozen" for row in _RIVALS),
         ],
         [
-            f"activations saved for the backward pass (frozen model: {saved['floor']:.0f} MiB)",
-            f"{saved['efft:cpu']:.0f} MiB; {saved['fused:cpu']:.0f} MiB after `efft.fuse`",
+            f"memory saved for the backward pass on a CPU, fp32, {memory[0]['batch']} images "
+            f"(frozen model: {saved['floor']:.0f} MiB)",
+            f"{saved['efft:cpu']:.0f} MiB; {saved['fused:cpu']:.0f} MiB if the adapted layers also compute the norms "
+            "and GELUs before them (`efft.fuse`)",
             f"{saved['peft']:.0f} MiB",
         ],
         [
-            "mean accuracy of a ViT-S/14 on six tasks (parameters)",
-            *_accuracies("local_long", ("EFFT2, auto", "LoRA (peft), all layers")),
+            "mean accuracy of a ViT-S/14 on twelve tasks (parameters)",
+            *_accuracies("twelve", ("EFFT, auto", "LoRA (peft), all layers")),
         ],
     ]
     return table(["", "EFFT, this library", "LoRA of `peft`"], rows)
@@ -124,7 +129,8 @@ def _accuracies(suite: str, methods: Sequence[str]) -> list[str]:
 def accuracy(suite: str, what: Literal["means", "comparisons"] = "means") -> str:
     """Return a table for a suite of ``efft compare``, from the results that exist.
 
-    The table contains mean accuracies, or with ``comparisons`` the paired tests of the methods.
+    If ``what`` is "means", the table contains mean accuracies. If it is "comparisons", the table contains paired tests
+    of the methods. Without results, the text :data:`benchmarks.tables.NOTHING` is returned.
     """
     from efft_lab.compare import report
     from efft_lab.compare import suite as suites
@@ -149,6 +155,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy_grid": partial(accuracy, "local_grid"),
     "accuracy_twelve": partial(accuracy, "twelve"),
     "comparisons_twelve": partial(accuracy, "twelve", "comparisons"),
+    "accuracy_hundred_epochs": partial(accuracy, "hundred_epochs"),
+    "comparisons_hundred_epochs": partial(accuracy, "hundred_epochs", "comparisons"),
 }
 
 

@@ -2,8 +2,8 @@
 
 The time of a kernel is a fixed time plus the time of its work. The latter is the larger of two quotients: FLOPs divided
 by the peak FLOP/s, and bytes divided by the bandwidth. For large matrix products the model also counts whole tiles,
-waves (each multiprocessor computes one tile at a time), and steps along k, the inner dimension. The model is calibrated
-so that the product of two matrices of 8192 x 8192 runs at peak.
+waves (each multiprocessor computes one tile at a time), and steps along k, the inner dimension. One constant is chosen
+so that the predicted product of two matrices of 8192 x 8192 runs at the peak.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Machine:
         bandwidth: bandwidth of kernels that are limited by memory (reads plus writes), in bytes/s.
         multiprocessors: number of tiles that run at the same time.
         fixed: time of a kernel in addition to its work, in microseconds.
-        own: speed of a hand-written product relative to the vendor's.
+        own: speed of this library's product kernels, relative to the product kernels of the vendor (cuBLAS).
         tiled: whether products are counted in whole tiles; if False, products of every shape run at peak.
     """
 

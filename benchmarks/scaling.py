@@ -3,7 +3,7 @@
     python -m benchmarks scaling
     python -m benchmarks scaling --quick
 
-A time is that of the forward and backward pass together. A row is one implementation. The frozen baseline (the row
+Each time covers a forward and a backward pass. A row is one implementation. The frozen baseline (the row
 "floor") is the layer without an update. An exponent is the slope of a straight line that is fitted to the logarithms of
 times over the logarithms of sizes. For each row, the command fits one exponent to the times and another (``of added``
 in the table) to the differences between the times of the row and those of the frozen baseline.
@@ -51,7 +51,7 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
 def sweep(
     name: str, sizes: Sequence[int], case: Case, wanted: Sequence[rows.LayerRow], setting: Setting
 ) -> list[dict[str, Any]]:
-    """Measure ``case`` at all ``sizes``; return the measurements, and fits for the rows with times at all sizes."""
+    """Measure ``case`` at all ``sizes``. Return the measurements, and the fits of all rows that have every time."""
     field = "images" if name == "tokens" else name
     lines = []
     for size in sizes:

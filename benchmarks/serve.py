@@ -2,10 +2,10 @@
 
     python -m benchmarks serve --quick
 
-A row is one way to serve the model. Weights and images have the given dtype. All rows get the same images, and every
-repetition measures all rows in turn. The row ``base`` is the plain model. A row ``pool:n`` has a pool of n adapters
-(:class:`efft.AdapterPool`); successive images use them in turn. Each time is compared with the times of ``base``,
-``merged`` (the adapter is merged into the weights) and ``pool:1``.
+A row is one way to serve the model. Weights and images have the dtype of the option ``--dtype``. All rows get the same
+images, and every repetition measures all rows in turn. The row ``base`` is the plain model. A row ``pool:n`` holds n
+adapters in one model (:class:`efft.AdapterPool`), and successive images use these adapters in turn. Each time is
+compared with the times of ``base``, ``merged`` (the adapter is merged into the weights) and ``pool:1``.
 
 Rows that compute the EFFT update are checked before they are timed. The errors of their logits against fp64 may be at
 most twice those of a model with the dense weights W + dW in the same dtype. Otherwise their lines contain the reason

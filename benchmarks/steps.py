@@ -8,8 +8,10 @@ in bf16 and factors in fp32. Each layer computes y = x Wᵀ + h G with h = x D, 
 frozen, and D and G are the factors of the update. The frozen baseline computes only x Wᵀ and its input gradient gy W,
 with cuBLAS ("the vendor").
 
-The model lists the kernels of each call and the bytes that they move. ``tests/csrc/test_emulated.py`` compares this
-list with the launches and the bytes that the emulator of the kernels counts.
+The model lists the kernels of each call and the bytes that they move. One of these kernels packs D and G: it converts
+the factors to bf16 for the product. Another kernel, the reduction, computes dD and dG as sums over tokens.
+``tests/csrc/test_emulated.py`` compares this list with the launches and the bytes that the emulator of the kernels
+counts.
 
 The time of a kernel is a launch time plus the time of its work. A kernel that is limited by memory moves its bytes at
 the bandwidth. For the main loop of our product x Wᵀ or gy W, the model takes the time of the vendor's product (the
@@ -337,9 +339,10 @@ the time for a column of its tile.
 
 A step is one planned change. A gain is the effect of this step only, in percent of the frozen baseline. "Launches"
 counts the kernels of a block, and "MB" the bytes of their operands and results. These numbers and those of the columns
-"block" include all steps up to this one. Step B also packs the factors of all layers with copies, once per forward
-pass. These copies are not counted: three for each of the four kinds of layer, which are twelve for all blocks of a
-ViT-B. The tail of a product is the rank-r product that is added in the same kernel.
+"block" include all steps up to this one. The tail of a product is the rank-r product that is added in the same kernel.
+A reduction computes dD and dG as sums over tokens. To pack D and G is to convert them to bf16 for the product. Step B
+packs the factors of all layers with copies, once per forward pass. These copies are not counted. All blocks of a ViT-B
+together need twelve copies, three for each of the four kinds of layer.
 
 {1}
 

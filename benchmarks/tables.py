@@ -4,8 +4,8 @@ Most tables show the newest run in a result file. :func:`host` shows the first a
 :func:`starts`, :func:`extras` and :func:`study` combine several runs, and use the newest line of each measurement.
 
 In most tables a row is one implementation in a comparison. The row "floor" of the result files is the frozen baseline:
-the layer or model without an update. Its only gradients are those that every method needs. The head of a model is its
-classifier.
+the layer or model without an update. It computes only the gradients that every method needs. The head of a model is
+its classifier. A pool is one model that holds many adapters.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ TITLES = {
     "floor": "frozen baseline",
     "base": "plain model",
     "efft:auto": "**EFFT2, this library**",
-    "fused:auto": "**the same after `efft.fuse`**",
+    "fused:auto": "**EFFT2, this library, after `efft.fuse`**",
     "efft:cpu": "EFFT2, backend cpu",
-    "fused:cpu": "the same after `efft.fuse`",
+    "fused:cpu": "EFFT2, backend cpu, after `efft.fuse`",
     "efft:cuda": "EFFT2, backend cuda",
-    "fused:cuda": "the same after `efft.fuse`",
+    "fused:cuda": "EFFT2, backend cuda, after `efft.fuse`",
     "efft:triton": "EFFT2, backend triton",
-    "fused:triton": "the same after `efft.fuse`",
+    "fused:triton": "EFFT2, backend triton, after `efft.fuse`",
     "efft:eager": "EFFT2, backend eager",
-    "fused:eager": "the same after `efft.fuse`",
+    "fused:eager": "EFFT2, backend eager, after `efft.fuse`",
     "efft:reference": "EFFT2, backend reference",
     "merged": "EFFT2 merged into the weights",
     **{f"pool:{n}": f"EFFT2, one of {n} adapters per image" for n in (10, 100, 1000)},
@@ -177,9 +177,9 @@ def serve(device: str) -> str:
 
 
 def many_adapters(device: str) -> str:
-    """Return the table of ViT-B/16 inference with pools of n adapters: time ratios and memory per adapter.
+    """Return the table of ViT-B/16 inference with many adapters in one model: time ratios and memory per adapter.
 
-    Successive images use the adapters of a pool in turn.
+    Successive images use the adapters in turn.
     """
     runs = newest("serve", model=VIT_B, device=device)
     names = [(name, title) for name, title in _present(runs) if name.startswith("pool:")]
@@ -250,7 +250,7 @@ def _kind_cell(line: Line | None) -> str:
 
 
 def planning() -> str:
-    """Return the table of planning times."""
+    """Return the table of the seconds in which ``efft.inspect`` plans the layers to adapt, by number of layers."""
     runs = newest_runs(read("planning"), [])
     lines = runs.get((), [])
     rows = [[f"{line['layers']:,}", f"{line['seconds']['p50']:.2f}"] for line in lines]

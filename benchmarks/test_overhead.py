@@ -2,8 +2,8 @@
 
     pytest benchmarks/      # prints a table; accepts the options of pytest-benchmark, such as --benchmark-save
 
-Each benchmark measures a forward pass, or a forward and backward pass. Torch's linear function and layer are measured
-for comparison.
+Each benchmark measures a forward pass, or a forward and backward pass. The linear function and the linear layer of
+torch are measured for comparison.
 """
 
 from __future__ import annotations

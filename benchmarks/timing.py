@@ -1,6 +1,6 @@
 """Time several implementations, called rows.
 
-Every repetition measures all rows in turn, so that a disturbance of the machine affects all rows equally.
+Every repetition measures all rows in turn. A disturbance of the machine therefore affects all rows about equally.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
     python -m benchmarks together --model vit_tiny_patch16_224 --image-size 56 --batch 16
 
 A row is one way to train. The row ``alone`` trains a single adapted model. The row ``fused`` also trains a single
-model, after ``efft.fuse``. The row ``K=n`` trains n models in one pass through an ``efft.SharedBackbone``. Each of the
-n models gets as many images as the single model. A step is the forward pass, the backward pass and the optimizer's
-step. Every repetition measures every row. The ratio of a row is the median, over the repetitions, of its time per image
-divided by that of ``alone``. Run the command on an idle machine.
+model, after ``efft.fuse``: its adapted layers also compute the norms and GELUs before them. The row ``K=n`` trains n
+models in one pass through an ``efft.SharedBackbone``. Each of the n models gets as many images as the single model. A
+step is the forward pass, the backward pass and the optimizer's step. Every repetition measures every row. In a
+repetition, the time per image of a row is divided by that of the row ``alone``. The ratio of the row is the median of
+these quotients. Run the command on an idle machine.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
   (:func:`tt_norm_linear`), its variant with one adapter per sample (:func:`tt_linear_grouped`), :func:`tt_contract` and
   :func:`tt_merge_`.
 - Layers: :class:`EfftLinear`, :class:`EfftConv2d` and similar classes, and :class:`TTFactors`, the module that owns the
-  shared factors. Methods other than EFFT use its base class :class:`FactorBank` and :func:`tt_chain`.
+  factors of many layers. A :class:`Site` is the part of the factors that one layer uses. Methods other than EFFT use
+  :class:`FactorBank`, the base class of :class:`TTFactors`, and :func:`tt_chain`.
 - Mixtures of experts: :class:`ExpertWeight`, :class:`Routing` and :func:`expert_linear`.
-- Backends: :mod:`efft_kernels.backends`.
+- Backends, the implementations of the ops: :mod:`efft_kernels.backends`.
 
 ``python -m efft_kernels`` reports the environment.
 """

@@ -1,4 +1,4 @@
-"""Print the environment report for ``python -m efft_kernels``. The exit code is 1 if a self-test failed.
+"""Run ``python -m efft_kernels``, which prints a report on the environment and exits with 1 if a self-test failed.
 
 ``python -m efft_kernels build`` compiles the extension instead (:mod:`efft_kernels.build`).
 """

@@ -1,6 +1,7 @@
 """Check the arguments of ops, cast them under autocast, and flatten their leading dimensions.
 
-The error for a wrong call states what was expected, what was passed, and what to do.
+The error for a wrong call states what was expected, what was passed, and what to do. The functions that run "inside an
+operator" are called by functions that are registered with torch as operators, below autograd.
 
 In this module, ``W`` and ``b`` are the weight and the bias of a linear layer. The update of the layer is ``D G``, the
 product of two factors. A "token" is one row of the input after all leading dimensions are flattened into one.
@@ -36,7 +37,7 @@ def check_number(op: str, name: str, argument: object) -> None:
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], symbols: str) -> None:
     """Raise ValueError unless ``tensor`` has exactly the shape ``expected``.
 
-    The message gives this shape in symbols (``symbols``, such as "[d_in, r1]") and in numbers.
+    The message shows this shape in symbols (``symbols``, such as "[d_in, r1]") and in numbers.
     """
     check_tensor(op, name, tensor)
     if tuple(tensor.shape) != expected:
@@ -51,7 +52,10 @@ def check_matrix(op: str, name: str, tensor: Tensor, symbols: str) -> None:
 
 
 def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> None:
-    """Raise ValueError unless ``x`` [..., d_in] matches a linear layer and its update. The op calls ``x`` ``name``."""
+    """Raise ValueError unless ``x`` [..., d_in] matches a linear layer and its update.
+
+    ``name`` is the name of the op's argument ``x``, for the message.
+    """
     check_tensor(op, name, x)
     check_delta(op, W, D, G)
     if x.dim() == 0 or x.shape[-1] != W.shape[1]:
@@ -135,7 +139,7 @@ def unless_wider(b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Return a context in which autocast is off on ``device``."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # entering costs more than this check
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # entering a context takes longer
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

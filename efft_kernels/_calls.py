@@ -1,8 +1,9 @@
 """Remember for which calls of an op the arguments were checked, and which backend was chosen.
 
 Checking the arguments and choosing a backend takes longer than launching a kernel. The results of both depend only on
-the shapes, dtypes and devices of the arguments, on the requested backend and on autocast. These values form the
-*signature* of a call. If an earlier call had the same signature, a call needs no checks and uses the same backend.
+the shapes, dtypes and devices of the arguments, on the requested backend, on autocast, and on whether the compiled
+library for CPUs is loaded. These values form the *signature* of a call. If an earlier call had the same signature, a
+call needs no checks and uses the same backend.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 The update of a layer is D G, the product of the factors D [d_in, r] and G [r, d_out]. The kernels of the cuda backend
 read D as [r, d_in] and G as [d_out, r] and [r, d_out], all in the dtype of the activations. Without this module, each
-call of a layer copies its factors into these layouts. With it, a bank (the module that holds the factors of many
-layers) composes D and G of all its layers at the start of a forward pass (:meth:`efft_kernels.nn.FactorBank.prepare`)
-and attaches a :class:`Stack` to each G (:func:`attach`). The first layer that multiplies then packs the factors of all
-layers of the stack, and the other layers find the packed factors (:func:`find`).
+call of a layer copies the factors of this layer into these layouts.
+
+A bank is the module that holds the factors of many layers. At the start of a forward pass, it composes D and G of all
+its layers (:meth:`efft_kernels.nn.FactorBank.prepare`). With this module, the bank then attaches a :class:`Stack` to
+each G (:func:`attach`). The first layer that multiplies packs the factors of all layers of the stack, and the other
+layers find the packed factors (:func:`find`).
 
 The module is active only if the environment variable ``EFFT_SM90_GENERATION`` selects the second or the third
 generation of the CUDA kernels (see ENVIRONMENT.md). Neither is the default, because they have run only in the emulator
@@ -26,7 +28,7 @@ from efft_kernels.measured import requested_kernels
 #: The backends whose kernels read packed factors.
 BACKENDS = (Backend.CUDA,)
 _ATTRIBUTE = "_efft_stack"
-_ALIGNED = 8  # elements in 16 bytes, at whose multiples the rows of operands begin
+_ALIGNED = 8  # rows begin at multiples of 8 elements, which are 16 bytes in half precision
 
 
 class Packed(NamedTuple):

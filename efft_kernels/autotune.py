@@ -7,8 +7,9 @@ all compared backends for one case.
 
 If the environment variable ``EFFT_AUTOTUNE`` names a file, importing :mod:`efft_kernels` activates this module. The
 backend ``auto`` then measures a case when it first occurs and stores the row in that file. A case is not measured if
-the file or the table in the package has a row with the same widths (d_in and d_out) and at most twice or at least half
-as many tokens. If two rows are equally similar to a case, the row of the file is used.
+the file or the table in the package has a row with the same widths (d_in and d_out), a number of tokens that differs by
+at most a factor of two, and an equivalent op, dtype, rank and GPU (:func:`efft_kernels.measured.nearest`). If two rows
+are equally similar to a case, the row of the file is used.
 
 Two measurements of a case may differ, and the backends round differently. Therefore nothing is measured under
 ``torch.use_deterministic_algorithms(True)``, and only existing rows are used.
@@ -47,7 +48,10 @@ class Autotuner:
     path: Path
 
     def can_measure(self, device: torch.device) -> bool:
-        """Return False in compiled code, while a CUDA graph is captured, and if torch must be deterministic."""
+        """Return whether a case can be measured now.
+
+        This is not possible in compiled code, while a CUDA graph is captured, and if torch must be deterministic.
+        """
         traced = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         return not traced and not torch.are_deterministic_algorithms_enabled()
 
@@ -70,7 +74,7 @@ def use_table(path: Path) -> None:
 def measure(case: Case, device: torch.device | str, backends: Sequence[str] = RIVALS, repeats: int = 20) -> Row:
     """Time a forward and backward pass of ``case`` with each backend, and return the best times of ``repeats`` runs.
 
-    The backends take turns. On a GPU, the kernels are replayed as a CUDA graph, so that only the kernels are timed.
+    The backends take turns. On a GPU, the kernels are replayed as a CUDA graph, so the time of the host is excluded.
     This matches training, in which the host runs ahead of the GPU.
     """
     device = torch.device(device)

@@ -1,11 +1,12 @@
 """Choose the backend (the implementation) that runs an op, explain why a backend cannot run, and declare operators.
 
-The first of these that is set determines the backend: the ``backend=`` argument of a call, an enclosing
-:func:`use_backend`, the environment variable ``EFFT_BACKEND`` (read once, at import). Otherwise it is ``auto``.
-``auto`` uses ``triton`` or ``cuda`` if a measurement shows that this backend is the fastest
+A caller can request a backend in three ways. The first one that is set counts: the ``backend=`` argument of a call, an
+enclosing :func:`use_backend`, or the environment variable ``EFFT_BACKEND`` (read once, at import). If none is set, the
+backend is ``auto``. ``auto`` uses ``triton`` or ``cuda`` if a measurement shows that this backend is the fastest
 (:mod:`efft_kernels.measured`), else the first backend of :data:`AUTO_ORDER` that can run the call. Inside the
-transforms of ``torch.func`` only the reference can run. A backend that a caller requests by name never falls back to
-another one: it runs, or the call raises an error with the reason from :func:`can_run`.
+transforms of ``torch.func`` only ``reference`` can run, so ``auto`` chooses ``reference`` there. A backend that a
+caller requests by name never falls back to another one: it runs, or the call raises an error with the reason from
+:func:`can_run`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Backend(str, enum.Enum):
             raise ValueError(f"unknown backend {value!r}: expected one of {names}") from None
 
 
-#: The order in which ``auto`` tries backends if no measurement prefers GPU kernels (:mod:`efft_kernels.measured`).
+#: The order in which ``auto`` tries backends unless a measurement (:mod:`efft_kernels.measured`) decides.
 AUTO_ORDER = (Backend.CPU, Backend.EAGER, Backend.REFERENCE)
 
 #: The reason why only the reference runs inside ``torch.func.grad``, ``vjp``, ``vmap`` and similar transforms.
@@ -172,12 +173,12 @@ def resolve(
     requested = current_backend() if backend is None else Backend.parse(backend)
     if torch._C._are_functorch_transforms_active():
         if requested not in (Backend.AUTO, Backend.REFERENCE):
-            raise RuntimeError(f"{op}: backend {requested.value!r} was asked for but cannot run: {_TRANSFORMED}")
+            raise RuntimeError(f"{op}: backend {requested.value!r} was requested but cannot run: {_TRANSFORMED}")
         requested = Backend.REFERENCE
     if requested is not Backend.AUTO:
         reason = can_run(requested, *tensors)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend {requested.value!r} was asked for but cannot run: {reason}")
+            raise RuntimeError(f"{op}: backend {requested.value!r} was requested but cannot run: {reason}")
         return requested
     if sizes is not None and (measured := _fastest(op, sizes, *tensors)) is not None:
         return measured

@@ -41,7 +41,7 @@ _ISAS = {
     },
     "other": {"portable": ""},
 }
-#: GPUs for which csrc/cuda is compiled: machine code for these, and PTX of the first one for newer GPUs.
+#: GPUs for which csrc/cuda is compiled to machine code. The PTX of the first one also runs on newer GPUs.
 _GENERATIONS = ("-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a")
 _BYTES_A_JOB = {"cpu": 1 << 30, "cuda": 4 << 30}
 
@@ -318,7 +318,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m efft_kernels build", description="Compile the extension, csrc/, into a cache."
     )
-    parser.add_argument("--targets", choices=("auto", *TARGETS), help="what to build; default: EFFT_BUILD_EXT, or auto")
+    parser.add_argument("--targets", choices=("auto", *TARGETS), help="targets (default: EFFT_BUILD_EXT or auto)")
     named = parser.parse_args(arguments).targets
     try:
         targets, summary = plan(named or requested_build(os.environ))

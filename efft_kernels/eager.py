@@ -1,10 +1,11 @@
 """Implement the forward and backward passes of each op with the matrix products of the vendor's library.
 
-These functions run on any device and need no compiler. W and b are the frozen weight and the bias of a linear layer,
+These functions run on any device and need no compiler. The *vendor's library* is the one that torch calls, such as
+cuBLAS or oneDNN. W and b are the frozen weight and the bias of a linear layer,
 and the update of the layer is D G, the product of two factors. ``tt_linear`` computes h = x D in the forward pass and
 dh = gy Gᵀ in the backward pass, where gy is the gradient of the output. The products h G and dh Dᵀ are added in place
 to the products with W. Therefore neither pass has a temporary tensor of the size of W. Factors are cast to the dtype of
-the activations, and never the other way round.
+the activations, and never the other way round. Other backends use some of these functions for parts of their ops.
 
 In the names of gradients, d stands for "gradient of". The arguments ``need_...`` of a backward function state which
 gradients are needed. All other gradients are returned with 0 elements.
@@ -197,11 +198,11 @@ def layer_norm_bwd(
     need_dx: bool,
     need_dgamma: bool,
     need_dbeta: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # dx [tokens, d_in] in the dtype of x, dgamma and dbeta [d_in] in theirs
+) -> tuple[Tensor, Tensor, Tensor]:  # dx [tokens, d_in], dgamma and dbeta [d_in]
     """Compute the gradients of a layer norm with torch's kernel, from dn, the gradient of the norm's output.
 
-    The kernel needs one dtype for all inputs except the statistics, so the inputs are cast. A gradient that is not
-    needed has 0 elements. If no gradient is needed, nothing is read.
+    The kernel needs one dtype for all inputs except the statistics, so the inputs are cast. Each gradient is cast back
+    to the dtype of its tensor. A gradient that is not needed has 0 elements. If no gradient is needed, nothing is read.
     """
     likes = [x if like is None else like for like in (x, gamma, beta)]
     needs = [need_dx, need_dgamma, need_dbeta]
@@ -313,10 +314,10 @@ def add_biases(y: Tensor, b: Tensor, adapter: Tensor) -> Tensor:
 
 
 def _of_samples(rows: Tensor, adapter: Tensor) -> Tensor:
-    """Return the row of each sample's adapter; zeros without an adapter, and NaN for an adapter that does not exist."""
+    """Return the entry of ``rows`` for each sample's adapter: zeros without an adapter, NaN for a missing adapter."""
     found = rows[adapter.clamp(0, len(rows) - 1)]
     shape = (-1, *[1] * (rows.dim() - 1))
-    # A product with a mask would not do, because an adapter that no sample uses may contain NaN.
+    # A product with a mask would be wrong: the entry found for a sample without an adapter may contain NaN.
     found.masked_fill_((adapter < 0).view(shape), 0)
     return found.masked_fill_((adapter >= len(rows)).view(shape), torch.nan)
 
@@ -338,7 +339,8 @@ def _reduce_each(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def _sum_by_adapter(parts: Tensor, adapter: Tensor, n_adapters: int) -> Tensor:
     """Return the sum of the parts [samples, ...] of each adapter, [n_adapters, ...] in fp32 (fp64 for fp64).
 
-    Samples without an adapter are added to a row that is then cut off, because an infinite part times zero is NaN.
+    Samples without an adapter are added to an additional row, which is then cut off. Multiplying their parts by zero
+    instead would turn infinite parts into NaN.
     """
     row = adapter.masked_fill((adapter < 0) | (adapter >= n_adapters), n_adapters)
     total = parts.new_zeros(n_adapters + 1, *parts.shape[1:], dtype=torch.promote_types(parts.dtype, torch.float32))

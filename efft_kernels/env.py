@@ -1,4 +1,7 @@
-"""Create the report of ``python -m efft_kernels``: versions, devices, backends with reasons, and their self-tests."""
+"""Create the report of ``python -m efft_kernels`` on versions, devices and backends, with a self-test of each backend.
+
+If a backend cannot run, the report states the reason.
+"""
 
 from __future__ import annotations
 

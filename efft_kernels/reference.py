@@ -1,6 +1,7 @@
 """Specify each op as plain differentiable torch code, computed in fp32 (fp64 for fp64 inputs).
 
-The functions ``<op>_bwd`` compute the gradients of the ops, also as differentiable torch code, for higher derivatives.
+The functions ``<op>_bwd`` compute the gradients of the ops, also as differentiable torch code. The other backends call
+them in a backward pass that will itself be differentiated.
 
 W and b are the weight and the bias of a linear layer, and the update of the layer is D G, the product of two factors.
 gy is the gradient of the output y, and dx, dD, dG and db are the gradients of x, D, G and b.
@@ -34,9 +35,9 @@ def tt_linear(
 
 def tt_linear_bwd(
     gy: Tensor,  # [tokens, d_out]
-    x: Tensor | None,  # [tokens, d_in]; for dD
-    W: Tensor | None,  # [d_out, d_in]; for dx
-    h: Tensor | None,  # [tokens, r1]; for dG
+    x: Tensor | None,  # [tokens, d_in]; needed for dD
+    W: Tensor | None,  # [d_out, d_in]; needed for dx
+    h: Tensor | None,  # [tokens, r1]; needed for dG
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     gh: Tensor | None = None,  # [tokens, r1]: the gradient that reaches h without passing through y
@@ -72,7 +73,7 @@ def tt_gelu_linear(
 def tt_gelu_linear_bwd(
     gy: Tensor,  # [tokens, d_out]
     z: Tensor,  # [tokens, d_in]
-    W: Tensor | None,  # [d_out, d_in]; for dz
+    W: Tensor | None,  # [d_out, d_in]; needed for dz
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     approximate: str,
@@ -107,7 +108,7 @@ def tt_norm_linear_bwd(
     x: Tensor,  # [tokens, d_in]
     gamma: Tensor | None,  # [d_in]
     beta: Tensor | None,  # [d_in]
-    W: Tensor | None,  # [d_out, d_in]; for dx
+    W: Tensor | None,  # [d_out, d_in]; needed for dx
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     eps: float,
@@ -151,14 +152,13 @@ def tt_linear_grouped(
 ) -> Tensor:  # [samples, tokens, d_out], dtype of x
     """Compute y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i] for each sample i, where a_i = adapter[i].
 
-    A negative a_i means no adapter, and therefore no update.
-
-    If every adapter has its own bias, b is replaced by b[a_i], and a sample without an adapter has no bias.
+    A negative a_i means no adapter, and therefore no update. If every adapter has its own bias, b is replaced by
+    b[a_i], and a sample without an adapter has no bias.
     """
     dtype = _wide(x, D, G)
     none, index = adapter < 0, adapter.clamp(min=0)
 
-    def of_samples(rows: Tensor) -> Tensor:  # no product with a mask, as an adapter that no sample uses may contain NaN
+    def of_samples(rows: Tensor) -> Tensor:  # a product with a mask would be wrong: NaN times zero is NaN
         found = rows[index].to(dtype)
         return found.masked_fill(none.view(-1, *[1] * (rows.dim() - 1)), 0)
 
@@ -172,8 +172,8 @@ def tt_linear_grouped(
 
 def tt_linear_grouped_bwd(
     gy: Tensor,  # [samples, tokens, d_out]
-    x: Tensor | None,  # [samples, tokens, d_in]; for dD and dG
-    W: Tensor | None,  # [d_out, d_in]; for dx
+    x: Tensor | None,  # [samples, tokens, d_in]; needed for dD and dG
+    W: Tensor | None,  # [d_out, d_in]; needed for dx
     D: Tensor,  # [n_adapters, d_in, r1]
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples]
@@ -190,7 +190,7 @@ def tt_linear_grouped_bwd(
 
     def of_samples(
         factors: Tensor,
-    ) -> Tensor:  # a product with a mask would not do: an adapter that no sample uses may contain NaN
+    ) -> Tensor:  # a product with a mask would be wrong: NaN times zero is NaN
         rows = factors[index].to(dtype)
         rows = rows.masked_fill((adapter < 0)[:, None, None], 0)
         return rows.masked_fill((adapter >= n)[:, None, None], torch.nan)

@@ -1,8 +1,9 @@
-"""Check backends: create inputs for every op, change memory layouts, apply an error budget, poison buffers.
+"""Provide tools for tests of backends.
 
-A check compares a backend with the dense formula of the op in fp64, and never with another backend. The tolerance comes
-from data: it is derived from the error of the plain formula in the precision of the backend
-(:func:`assert_close_budget`).
+The functions list the backends and devices, create inputs for every op, change memory layouts, compare results within
+an error budget, and fill uninitialized buffers with NaN. A check compares a backend with the dense formula of the op in
+fp64, and never with another backend. The tolerance comes from data: it is derived from the error of the plain formula
+in the precision of the backend (:func:`assert_close_budget`).
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ def make_inputs(
         op: the name of a public op.
         tokens, d_in, d_out, r1, r2, n_layers, n_cores, samples, n_adapters: sizes; an op uses those that it has.
         update: the size of the update relative to that of the base product.
-        base_cancels: choose ``W`` and ``x`` such that ``x Wᵀ = 0`` (and ``gy W = 0`` for ``gy = [g, -g]``), without a
-            bias. ``y`` and ``dx`` then consist of only the update, so that its rounding error is visible. ``d_in`` and
-            ``d_out`` must be even.
+        base_cancels: choose ``W`` and ``x`` so that ``x Wᵀ = 0`` (and ``gy W = 0`` for ``gy = [g, -g]``), without a
+            bias. ``y`` and ``dx`` then consist of only the update, so the rounding error of the update is visible.
+            ``d_in`` and ``d_out`` must be even.
         masks: add dropout masks that drop a quarter of the factors' elements.
         dtype: the dtype of activations, weights and (by default) factors.
         factor_dtype: the dtype of the factors.
@@ -138,10 +139,12 @@ def make_inputs(
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """Return the values of ``tensor`` in another memory layout, one of :data:`LAYOUTS`, as a leaf without gradient.
+    """Return ``tensor`` in another memory layout, one of :data:`LAYOUTS`, as a leaf without gradient.
 
-    ``transposed`` swaps the strides of the last two dimensions. ``sliced`` uses every other element of a buffer whose
-    other elements are NaN (True for masks). ``expanded`` repeats the first row with stride 0, which changes the values.
+    The values stay the same, except with ``expanded``. ``transposed`` swaps the strides of the last two dimensions.
+    ``sliced`` uses every other element of a buffer whose other elements are NaN (True for masks). ``expanded`` repeats
+    the first entry of the first dimension with stride 0. If a layout needs more dimensions than the tensor has, the
+    result is contiguous.
     """
     tensor = tensor.detach()
     if layout == "transposed" and tensor.dim() > 1:

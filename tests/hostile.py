@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-#: Settings for tests in which every example restores the files of the fixtures.
+#: Settings for fuzzers. All examples of a test share the fixtures, so each example must write its files again.
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -20,8 +20,8 @@ class Gate:
     be at most twice the error of the row ``naive`` in the same precision; ``naive`` builds the dense weights W + dW.
     The row ``naive`` itself is compared with the row ``paper``, which multiplies the activations by dense dW.
 
-    All other rows have zero updates before training, so that their logits are those of the plain model. The check
-    covers only these logits, whose error may be at most twice the plain model's error in the same precision.
+    All other rows have zero updates before training. Their logits must therefore be those of the plain model. The check
+    covers only these logits. Their error may be at most twice the plain model's error in the same precision.
 
     Rounding errors accumulate over the layers. In bf16 this check therefore finds only errors of several percent. The
     command ``ops`` finds smaller errors.

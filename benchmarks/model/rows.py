@@ -1,8 +1,8 @@
 """Define the rows of the command ``model``: ways to turn a plain timm model into a model to train.
 
-EFFT2 is the default variant of this library's method: the layers share the factors U and V of their updates, and each
-matrix has its own core C, so that its update is dW = s U C V. The head of a model is its classifier, which all rows
-train.
+EFFT2 is the default variant of this library's method. The update of a weight matrix is dW = s U C V. The layers share
+the factors U and V, each matrix has its own core C, and s is a number. The head of a model is its classifier, which all
+rows train. "The paper" is the paper that introduced EFFT.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def targeted(model: nn.Module) -> list[str]:
 
 
 def floor(model: nn.Module, rank: int) -> nn.Module:
-    """Return the frozen baseline, a model of which only the head is trained. Every method has at least its cost.
+    """Return the frozen baseline, a model that trains only its head. Every method costs at least as much.
 
     As in the models with adapters, the gradient flows from the head to the output of the first layer that adapters
     would adapt. The gradient ends there, because no adapter needs the gradient with respect to that layer's input.
@@ -94,7 +94,8 @@ def floor(model: nn.Module, rank: int) -> nn.Module:
 def adapted(model: nn.Module, rank: int, bias: Literal["none", "auto"] = "none") -> nn.Module:
     """Return the model adapted by this library with EFFT2.
 
-    Factors that are zero get random values, because half of the gradients would be zero otherwise.
+    Factors that are zero get random values. With zero factors, half of the gradients would be zero, and the check in
+    ``gate.py`` could not find errors in them.
     """
     efft.apply(model, efft.EfftConfig(rank=rank, dropout=0.0, bias=bias))
     for _, factor in efft.named_factors(model):
@@ -133,7 +134,7 @@ def dense(form: str) -> Callable[[nn.Module, int], nn.Module]:
 
 
 def lora(model: nn.Module, rank: int) -> nn.Module:
-    """Return the model adapted by the peft library with LoRA on the same layers, with a trained head.
+    """Return the model adapted by the peft library: LoRA on the same layers as EFFT2, and a trained head.
 
     peft casts every input to the dtype of the adapter. This cast is disabled here, because under autocast its only
     effect is a copy.

@@ -6,8 +6,9 @@ A row is one way to adapt the model. A step consists of a forward pass, a backwa
 measures all rows in turn. A ratio divides the time of a row by the time of the frozen baseline in the same repetition.
 The frozen baseline (the row "floor") trains only the head, which is the classifier of the model. If the logits or the
 factor gradients of a row are wrong, its line contains the reason and no times. With ``--cuda-graphs`` a step is the
-replay of a CUDA graph, which excludes the work of the host. Without this option the host may limit the speed. Run the
-command on an idle machine.
+replay of a CUDA graph, which excludes the work of the host. Without this option the host may limit the speed. In the
+table, "saved" is the memory that the forward pass saves for the backward pass, and "adapter" is the size of all trained
+tensors except the head. Run the command on an idle machine.
 """
 
 from __future__ import annotations

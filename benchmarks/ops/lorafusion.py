@@ -141,6 +141,6 @@ def split_lora(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> 
     """Compute y = x Wᵀ + b + (x Aᵀ) Bᵀ for contiguous operands.
 
     The shapes are x [tokens, d_in], W [d_out, d_in], A [rank, d_in] and B [d_out, rank]. ``rank`` must be a power of
-    two of at least 16. x, A and B get gradients; gy must be contiguous.
+    two and at least 16. x, A and B get gradients, and gy must be contiguous.
     """
     return _SplitLora.apply(x, W, b, A, B)

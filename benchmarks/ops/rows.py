@@ -3,7 +3,7 @@
 All rows have the same inputs. In half precision they run under autocast, as in training. They compute the same output
 y = x Wᵀ + b + (x D) G and the gradients with respect to x, D and G. The LoRA rows train A = Dᵀ and B = Gᵀ instead of D
 and G. There are two exceptions. The row ``merged`` computes the same y, but only the gradient dx. The row ``floor``,
-the frozen baseline, computes y = x Wᵀ + b and dx.
+the frozen baseline, computes y = x Wᵀ + b and dx. "The paper" is the paper that introduced EFFT.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Layer:
     """Bind an implementation to the inputs of one case.
 
     Args:
-        function: computes y without arguments.
+        function: function without arguments that returns y.
         leaves: tensors that ``function`` uses and that require gradients, by the keys "x", "D" and "G".
         inputs: the inputs of the case.
-        transposed: whether ``leaves`` holds Dᵀ and Gᵀ, so that the factors' gradients must be transposed.
+        transposed: whether ``leaves`` holds Dᵀ and Gᵀ. The factors' gradients must then be transposed.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class ChainCompiled(LayerRow):
 
 class Peft(LayerRow):
     name = "peft"
-    explains = "LoRA layer of the peft library, same rank; its cast of the input to the factors' dtype is disabled"
+    explains = "LoRA layer of the peft library, same rank; peft's cast of the input to the factors' dtype is disabled"
 
     def build(self, inputs: Inputs) -> Layer:
         from peft import LoraConfig, inject_adapter_in_model
@@ -235,7 +235,7 @@ class LoraFusion(LayerRow):
     def unavailable(self, inputs: Inputs) -> str | None:
         rank = inputs.D.shape[1]
         if rank < 16 or rank & (rank - 1):
-            return f"its kernels need a rank that is a power of two of at least 16, got {rank}"
+            return f"its kernels need a rank that is a power of two and at least 16, got {rank}"
         if os.environ.get("TRITON_INTERPRET") != "1" and not inputs.x.is_cuda:
             return f"Triton needs a GPU, but the inputs are on {inputs.x.device.type}"
         try:

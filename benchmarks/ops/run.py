@@ -40,7 +40,7 @@ class Setting:
     Attributes:
         device: ``cpu`` or ``cuda``.
         repeats, warmup: see :func:`benchmarks.timing.time_rows`.
-        l2: ``cold`` or ``warm`` on CUDA, None elsewhere.
+        l2: state of the L2 cache before each sample: ``cold`` or ``warm`` on a GPU, None elsewhere.
         cuda_graphs: whether to time replays of CUDA graphs.
     """
 
@@ -197,8 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in wanted:
         print(f"{row.name:<16}{row.explains}")
     print(
-        "\nboth: forward and backward; limit: the arithmetic limit of that ratio; "
-        f"small dW: error of y for an update of {SMALL:g} times\nthe size of the frozen weight, "
+        "\nboth: forward and backward; limit: the least possible ratio of both at equal FLOP/s\n"
+        "GEMM peak, copy peak: achieved fractions of the speed of a large product and of a large copy\n"
+        f"small dW: error of y for an update of {SMALL:g} times the size of the frozen weight, "
         "as a multiple of the plain formula's error in the same precision\n"
     )
     path = None

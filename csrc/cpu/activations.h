@@ -16,8 +16,9 @@ struct Gelu {
 
 // Returns z Phi(z) and its derivative Phi(z) + z phi(z), where Phi is the distribution function of the standard normal
 // distribution and phi is its density. It uses Phi(-|z|) = exp(-z^2 / 2) q(|z|), where q(|z|) = erfcx(|z| / sqrt 2) / 2
-// is smooth. A polynomial in t = 1 / (1 + 0.3 |z|) approximates q with a relative error of 4e-9 on [0, 14]. The same
-// exponential is used for both results. For negative z, Phi is computed without a difference of two large numbers.
+// is smooth. A polynomial in t = 1 / (1 + 0.3 |z|) approximates q with a relative error of 4e-9 on [0, 14]. The value
+// and the derivative share one exponential. For negative z, Phi(z) is not computed as 1 - Phi(-z), because this
+// difference of nearly equal numbers would lose precision.
 inline Gelu gelu(Floats z) {
   const Floats size = select(z < 0.0f, -z, z);
   const Floats t = 1.0f / (1.0f + 0.3f * size);
@@ -33,8 +34,8 @@ inline Gelu gelu(Floats z) {
 }
 
 // Returns the tanh approximation of the GELU, 0.5 z (1 + tanh(v / 2)) = z s(v), and its derivative. s is the logistic
-// function, and v = 2 sqrt(2 / pi) (z + 0.044715 z^3). With the single exponential e = exp(-|v|), it computes
-// s(|v|) = 1 / (1 + e) and s(-|v|) = e / (1 + e), which both have small relative errors.
+// function, and v = 2 sqrt(2 / pi) (z + 0.044715 z^3). The function computes one exponential, e = exp(-|v|), and from
+// it s(|v|) = 1 / (1 + e) and s(-|v|) = e / (1 + e). Both have small relative errors.
 inline Gelu gelu_tanh(Floats z) {
   constexpr float k = 1.59576912f, k_cubic = 0.0713548163f;
   const Floats square = z * z;
@@ -46,9 +47,10 @@ inline Gelu gelu_tanh(Floats z) {
   return {z * s, s + z * larger * smaller * (k + 3 * k_cubic * square)};
 }
 
+// The mean of a row, and the scale by which a layer norm multiplies the deviations from the mean.
 struct Moments {
   float mean;
-  float rstd;  // reciprocal of the standard deviation
+  float rstd;  // 1 / sqrt(variance + eps)
 };
 
 // Returns the moments of a row. The second pass over the row computes the variance, and also corrects the rounding

@@ -1,6 +1,6 @@
-// Defines a buffer that one thread keeps for later calls. It does not use std::vector. The member functions of that
-// class would be compiled once per instruction set under the same symbol name, and the linker would keep only one of
-// them, possibly one that the processor cannot run.
+// Defines a buffer that one thread keeps for later calls. It is used instead of std::vector, whose member functions
+// would be compiled once per instruction set under the same symbol name. The linker would keep only one of these
+// copies, and the processor might not be able to run it.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace efft::EFFT_ISA {
 
-// The buffer never shrinks, because fresh memory of this size would cause page faults in every call.
+// The buffer never shrinks. If it were freed after each call, the new memory would cause page faults in the next call.
 template <class T>
 class Buffer {
  public:
@@ -30,7 +30,7 @@ class Buffer {
   }
 
  private:
-  static constexpr std::align_val_t ALIGNED{64};  // so that a register, or a row of a tile, is in one cache line
+  static constexpr std::align_val_t ALIGNED{64};  // a register, or a row of a tile, is then in one cache line
 
   T* data_ = nullptr;
   int64_t size_ = 0;

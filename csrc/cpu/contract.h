@@ -1,7 +1,7 @@
 // Computes the op tt_contract (the contraction of a tensor train) and its gradients for one layer and one core, and the
 // op tt_merge_. The contraction first copies the factors, with dropout masks and scale applied, and then multiplies the
-// copies. The functions without a template implement those of the same names in the table Kernels (kernels.h), where
-// they are described.
+// copies. The struct Contraction in kernels.h states the formula. The functions without a template implement the
+// entries of the same names in the struct Kernels. kernels.h describes these entries.
 #pragma once
 
 #include <cstring>

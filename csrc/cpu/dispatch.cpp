@@ -1,5 +1,5 @@
-// Chooses the best instruction set that the processor reports, once per process. For tests, EFFT_CPU_ISA can name an
-// instruction set; the ones that are better than it are then not considered.
+// Chooses the best instruction set that the processor supports, once per process. For tests, EFFT_CPU_ISA can name the
+// best instruction set to consider.
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -48,6 +48,8 @@ bool has_matrix_registers() {
 }
 #endif
 
+// Returns the table of the best instruction set that the processor supports, among the set that EFFT_CPU_ISA names and
+// all lesser sets. Throws an exception if the variable names an unknown set.
 const Kernels& best() {
   const char* named = std::getenv("EFFT_CPU_ISA");
   bool allowed = !named || !*named;
@@ -68,7 +70,7 @@ const Kernels& best() {
   consider(avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 #endif
   consider(portable::table, true);
-  if (!chosen) throw std::runtime_error("EFFT_CPU_ISA must be one of " + names + ", got " + named);
+  if (!chosen) throw std::runtime_error("EFFT_CPU_ISA must be one of " + names + ", got '" + named + "'");
   return *chosen;
 }
 
@@ -79,7 +81,8 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// Called by efft_kernels/native.py. Returns null if EFFT_CPU_ISA names an unknown instruction set.
+// Returns the name of the instruction set, or null if EFFT_CPU_ISA names an unknown one. efft_kernels/native.py calls
+// this function.
 extern "C" __attribute__((visibility("default"))) const char* efft_cpu_instruction_set() {
   try {
     return kernels().isa;

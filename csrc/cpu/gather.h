@@ -1,6 +1,7 @@
 // Copies small matrices and converts their type and memory layout. `gather` reads and writes matrices that are stored
-// in rows or in strips (see kernels.h), and can add several matrices. The binding uses it to create panels of factors
-// and to add the partial sums of the threads. `interleave` converts a panel to bf16 with every two rows interleaved.
+// in rows or in strips (see kernels.h). It can also transpose and scale a matrix, and add several matrices. The binding
+// uses `gather` to create panels of factors and to add the partial sums of the threads. `interleave` converts a panel
+// to bf16 with every two rows interleaved.
 #pragma once
 
 #include "low_rank.h"

@@ -1,6 +1,7 @@
-// Defines the interface between the torch binding and the CPU kernels, which depends neither on torch nor on
-// instruction sets. It consists of plain structs of pointers, and of one table of functions for each instruction set in
-// the library. The names of matrices and sizes are those of efft_kernels/ops: tokens, d_in, d_out, and rank (there r1).
+// Defines the interface between the torch binding (the files tt_*.cpp) and the CPU kernels. The interface depends
+// neither on torch nor on instruction sets. It consists of plain structs of pointers, and of one table of functions for
+// each instruction set in the library. The names of matrices and sizes are those of efft_kernels/ops, except that
+// `rank` is called r1 there.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +17,9 @@ struct Matrix {
   Type type = Type::float32;
 };
 
-// A panel is a factor in the order in which a product reads it. Its elements are floats. For products of bf16, if
-// Kernels::pairs is set, they are bf16 instead, and every two rows are interleaved. A panel is padded with columns of
-// zeros to a multiple of PANEL_COLUMNS columns, so that products read only full registers.
+// A panel is a factor in the order in which a product reads it. Its elements are floats, with one exception: for
+// products of bf16, if Kernels::pairs is set, the elements are bf16, and every two rows are interleaved. A panel is
+// padded with columns of zeros to a multiple of PANEL_COLUMNS columns, so that products read only full registers.
 constexpr int64_t PANEL_COLUMNS = 16;
 
 // A strip is a group of STRIP_COLUMNS adjacent columns that is stored as a separate matrix, row after row. Matrices
@@ -38,9 +39,9 @@ struct LowRank {
   Matrix h;                      // [tokens, rank]
   const float* gamma = nullptr;  // [d_in], of a norm; null means ones
   const float* beta = nullptr;   // [d_in], of a norm; null means zeros
-  float eps = 0;                 // of a norm, as are the next two
-  float* mean = nullptr;         // [tokens], written by the forward pass and read by the backward pass
-  float* rstd = nullptr;         // [tokens], reciprocals of the standard deviations; written and read like mean
+  float eps = 0;                 // of a norm, added to the variance
+  float* mean = nullptr;         // [tokens], of a norm; the forward pass writes it, the backward pass reads it
+  float* rstd = nullptr;         // [tokens], of a norm, 1 / sqrt(variance + eps); written and read like mean
   Matrix base;                   // the product with the frozen weight; it may share the memory of the result
 };
 
@@ -103,8 +104,8 @@ struct Gather {
 struct Kernels {
   const char* isa;
   bool pairs;  // whether products of bf16 need panels of interleaved bf16
-  // forward and backward process tokens begin .. end - 1. backward overwrites the shares, so that every thread must
-  // pass its own.
+  // forward and backward process tokens begin .. end - 1. backward overwrites the shares. Therefore every thread must
+  // pass its own shares.
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end, const Shares&);
   // Writes rows begin .. end - 1 (begin is even) of a float matrix [rows, columns] to `to`
@@ -116,12 +117,13 @@ struct Kernels {
   void (*contract_dC)(const Contraction&, Matrix dC);
   // Adds columns begin .. end - 1 of the gradient for this layer and core to dV [r2, end - begin].
   void (*contract_dV)(const Contraction&, int64_t begin, int64_t end, float* dV);
-  // Adds G[:, i]^T Dt to W[i, :] for rows i = begin .. end - 1.
+  // Adds G[:, i]^T Dt to W[i, :] for rows i = begin .. end - 1. G_row is the distance between the rows of G.
   void (*merge)(
       Matrix W, const float* G, int64_t G_row, Matrix Dt, int64_t d_in, int64_t rank, int64_t begin, int64_t end);
 };
 
-// Returns the table of the best instruction set that this processor supports.
+// Returns the table of the best instruction set that this processor supports and EFFT_CPU_ISA allows. Throws
+// std::runtime_error if EFFT_CPU_ISA names an unknown instruction set.
 const Kernels& kernels();
 
 }  // namespace efft

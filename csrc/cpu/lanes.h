@@ -11,7 +11,8 @@
 #include <immintrin.h>
 #endif
 
-// Marks functions that must be inlined, so that a constant argument `count` is a constant in them as well.
+// Marks functions that must be inlined. If a caller passes a constant as `count`, the compiler then treats `count` as a
+// constant in the function too.
 #define EFFT_INLINE inline __attribute__((always_inline))
 
 namespace efft::EFFT_ISA {
@@ -34,13 +35,13 @@ struct bf16 {
   uint16_t bits;
 };
 
-// The type of the elements that products of matrices in T multiply: bf16 if the instruction set multiplies pairs of
-// bf16, else float.
+// Whether the instruction set multiplies pairs of bf16.
 #if defined(__AVX512BF16__)
 constexpr bool PAIRS = true;
 #else
 constexpr bool PAIRS = false;
 #endif
+// The type of the elements that products of matrices in T multiply: bf16 if T is bf16 and PAIRS is set, else float.
 template <class T>
 using Element = std::conditional_t<PAIRS && std::is_same_v<T, bf16>, bf16, float>;
 // The number of terms of a sum that one multiplication adds to each lane: two for bf16, which is multiplied in pairs,
@@ -135,7 +136,7 @@ inline float sum(Floats value) {
 // Returns exp(x) for x <= 0, with an error of about one unit in the last place. Results below the smallest normal
 // number become zero.
 inline Floats exp(Floats x) {
-  x = select(x < -88.0f, splat(-88.0f), x);  // the exponent of exp(-88) is -127, so that the result is zero
+  x = select(x < -88.0f, splat(-88.0f), x);  // the exponent of exp(-88) is -127, so the result is zero
   // n is x / ln 2, rounded to an integer. Adding `shift` rounds it, because the sum has no bits left for a fraction.
   const float shift = 12582912.0f;  // 1.5 * 2^23
   const Floats shifted = x * 1.44269504088896341f + shift;

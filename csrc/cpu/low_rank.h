@@ -56,9 +56,9 @@ Rows<const Element<T>> elements(
 }
 
 // Plans the prefetch of the next block of the matrix `of` [.., width] of T while a product for the current block is
-// computed. The current block consists of `rows` rows from row t on, and the next block of as many rows or of those
-// that remain before row `end`. The product has m rows and n columns, and sums over k elements of type E. If there are
-// gaps between the rows of the matrix, nothing is prefetched.
+// computed. The current block consists of rows t .. t + rows - 1. The next block has as many rows, or fewer if it
+// reaches row `end`. The product has m rows and n columns, and each of its elements is a sum over k elements of type E.
+// If there are gaps between the rows of the matrix, nothing is prefetched.
 template <class T, class E>
 Ahead next_block(
     const Matrix& of, int64_t t, int64_t rows, int64_t end, int64_t width, int64_t m, int64_t n, int64_t k) {
@@ -110,9 +110,9 @@ inline Scratch& scratch() {
   return instance;
 }
 
-// Returns the number of tokens of a block. The rows of a block with widths d_in and d_out occupy at most a megabyte
-// together; with a producer, there are three rows of width d_in per token. However, a block has at least 16 and at most
-// 128 tokens.
+// Returns the number of tokens of a block. The rows of a block should occupy at most a megabyte together. Each token
+// has one row of width d_out and one row of width d_in, or three rows of width d_in with a producer. A block has at
+// least 16 tokens, even if their rows occupy more, and at most 128 tokens.
 template <class E>
 int64_t block_rows(const LowRank& op) {
   const int64_t per_row = sizeof(E) * ((op.producer == Producer::none ? 1 : 3) * op.d_in + op.d_out);
@@ -138,9 +138,9 @@ inline void gelu_row(const LowRank& op, const float* z, float* a, float* slope) 
   });
 }
 
-// Returns the block of `rows` tokens from token t on, for which it computes the producer. X is the type of op.x. In the
-// forward pass, this function also writes a to `out`, and the mean and rstd of a norm. In the backward pass, `out` has
-// no data. The function then reads mean and rstd, and computes the derivatives of a GELU.
+// Computes the producer for `rows` tokens from token t on, and returns the matrices of this block. X is the type of
+// op.x. In the forward pass, the function also writes a to `out`, and it writes the mean and rstd of a norm. In the
+// backward pass, `out` has no data; the function reads mean and rstd, and computes the derivatives of a GELU.
 template <class X, class T>
 Block<T> block_at(const LowRank& op, int64_t t, int64_t rows, bool is_forward, const Matrix& out) {
   Scratch& space = scratch();
@@ -307,8 +307,8 @@ inline void sum_norm(
   });
 }
 
-// Computes the gradient of the producer's output, base + dh D^T, and from it the sums for a norm's parameters and dx,
-// if they are needed.
+// Computes the gradient of the producer's output, base + dh D^T. From this gradient it computes dx, and the sums for
+// the gradients of a norm's parameters, if they are needed.
 template <class X, class T>
 void through_producer(const Backward& op, int64_t t, int64_t rows, Rows<const Element<T>> dh, const Block<T>& block,
     const Shares& to, bool is_first) {

@@ -2,7 +2,7 @@
 // A is [M, K], and B is [K, N].
 //
 // The products of a low-rank update have three shapes, which the same code computes:
-//   h = x D, dh = gy G^T                    N is the rank, and B is a panel of the factor
+//   h = x D, dh = gy G^T                    N is the rank, and B is a panel of the factor (see kernels.h)
 //   y = base + b + h G, dx = base + dh D^T  K is the rank; base and the bias b are added while C is written
 //   dG = h^T gy, dD^T = dh^T x              M is the rank and K the number of tokens; A is a transposed matrix
 // Therefore A may have any stride in both dimensions, whereas the rows of B and C are contiguous. init may be a matrix,
@@ -88,8 +88,8 @@ inline void multiply(bf16, Floats& sums, Floats left, Floats right) {
 }
 #endif
 
-// Returns a register with one element of A in every lane. For bf16, it has a pair in every lane. If the depth is odd,
-// the last pair is not whole, and its second element is set to zero.
+// Returns a register with the element of A at `from` in every lane. For bf16, every lane contains the pair at `from`.
+// If the depth is odd, the last pair is not whole: it has no second element, and zero is used instead.
 EFFT_INLINE Floats spread(const float* from, bool) {
   return splat(*from);
 }
@@ -99,8 +99,7 @@ EFFT_INLINE Floats spread(const bf16* from, bool is_whole) {
   return (Floats)(Bits{} + pair);
 }
 
-// Loads `count` elements of a row of B. For bf16, it loads pairs; rows of pairs are padded, so that all lanes may be
-// read.
+// Loads `count` elements of a row of B. For bf16, it loads pairs; rows of pairs are padded, so all lanes may be read.
 EFFT_INLINE Floats row_of_right(const float* from, int count) {
   return load(from, count);
 }
@@ -204,7 +203,7 @@ void product(
   product(rows, columns, depth, A, B, init, C, nothing);
 }
 
-// Interleaves the rows of `from` [rows, columns] in pairs, as products of bf16 need it. Row p of the result
+// Interleaves the rows of `from` [rows, columns] in pairs, as products of bf16 need them. Row p of the result
 // [ceil(rows / 2), width, 2] contains rows 2 p and 2 p + 1. Elements beyond the last row or column are zero. `width`
 // must be a multiple of LANES.
 template <class From>

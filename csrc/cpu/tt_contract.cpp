@@ -1,5 +1,7 @@
-// Implements efft::tt_contract_{fwd,bwd}.cpu, the contraction of the cores of a tensor train for all layers. For G and
-// dC, the threads process different layers and cores in parallel. For dV, they process different blocks of columns.
+// Implements efft::tt_contract_{fwd,bwd}.cpu, the contraction of a tensor train: every layer has cores C, and each core
+// is multiplied by V, which all layers share (see Contraction in kernels.h). To compute the result G and the gradient
+// dC, the threads process different layers and cores in parallel. To compute dV, they process different blocks of
+// columns.
 #include <tuple>
 
 #include "tensors.h"

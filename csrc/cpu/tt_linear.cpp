@@ -2,10 +2,10 @@
 // tt_norm_linear. These two include a producer, the GELU or layer norm that runs directly before the layer.
 //
 // Torch computes the base product (the product with the frozen weight), which is x W^T in the forward pass and gy W in
-// the backward pass. This comes first, because torch writes a new product faster than it adds a product to an existing
-// tensor. Then our kernels process the tokens and add the rank-r products: y += b + h G in the forward pass, and
-// dx += dh D^T in the backward pass. The forward pass with a producer has the reverse order, because our kernels then
-// also compute the input of the base product.
+// the backward pass. The base product comes first, because torch writes a new product faster than it adds a product to
+// an existing tensor. Then our kernels process the tokens and add the rank-r products: y += b + h G in the forward
+// pass, and dx += dh D^T in the backward pass. The forward pass with a producer has the reverse order, because our
+// kernels then also compute a, the output of the producer, which is the input of the base product.
 #include "tt_linear.h"
 
 #include <vector>
@@ -27,7 +27,8 @@ class Vector {
   std::optional<Panel> panel_;
 };
 
-// Fills the fields of `op` that do not depend on the tokens.
+// Fills the fields of `op` that the forward and backward passes set in the same way: the producer, its parameters and
+// statistics, and the sizes of the factors.
 void describe(LowRank& op, const ProducerArguments& producer, const Tensor& D, const Tensor& G, const Vector& gamma,
     const Vector& beta) {
   op.producer = producer.kind;
@@ -131,7 +132,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const int64_t size_D = strips(need.dD, rank, d_in), size_G = strips(need.dG, rank, d_out);
   const int64_t size_b = strips(need.db, 1, d_out), size_norm = strips(need_norm, 1, d_in);
   // This thread keeps the memory for later calls, because fresh memory of this size would cause page faults in every
-  // call. Its size is that of the largest call: about rank (d_in + d_out) floats for each of torch's threads.
+  // call. The memory has the size that the largest call so far needed. A call that needs all gradients needs about
+  // rank (d_in + d_out) floats for each of torch's threads.
   thread_local std::vector<float> room;
   room.resize(std::max<size_t>(room.size(), parts.count * (size_D + size_G + size_b + 2 * size_norm) + LINE));
   float* const shares_D = at_line(room.data());
@@ -150,7 +152,8 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     }
     kernels().backward(op, begin, end, of);
   });
-  // Shares are added in the order of the parts, so that every run with as many threads returns exactly the same result.
+  // Shares are added in the order of the parts. Therefore every call with the same number of threads returns exactly
+  // the same result.
   const auto total = [&parts](
                          float* shares, int64_t size, int64_t rows, int64_t columns, bool transpose, const Tensor& to) {
     gather({{shares, 0, Type::float32}, parts.count, size, rows, columns, 1, transpose, matrix(to)});

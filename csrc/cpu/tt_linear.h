@@ -1,5 +1,5 @@
-// Declares the part of the binding that tt_linear, tt_gelu_linear and tt_norm_linear share. The latter two ops include
-// the producer of the layer, the GELU or layer norm that runs directly before it.
+// Declares the functions of the torch binding that the ops tt_linear, tt_gelu_linear and tt_norm_linear share. The
+// latter two ops include the producer of the layer, the GELU or layer norm that runs directly before it.
 #pragma once
 
 #include <string>

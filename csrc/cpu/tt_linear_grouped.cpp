@@ -1,8 +1,9 @@
 // Implements efft::tt_linear_grouped{,_fwd,_bwd}.cpu, a linear layer in which each sample has the factors of its own
-// adapter. tt_linear_grouped, the operator for serving, computes the product with the frozen weight for all samples
-// together, and then adds the update of each sample. tt_linear_grouped_fwd and _bwd, the operators for training,
-// compute consecutive samples of one adapter together, exactly as tt_linear computes them in a call of their own. If
-// the samples of an adapter are not consecutive, the backward pass first orders the samples by adapter.
+// adapter. The operator tt_linear_grouped, which is used for inference, computes the product with the frozen weight for
+// all samples together, and then adds the update of each sample. The operators tt_linear_grouped_fwd and _bwd are used
+// for training, and the former also for inference if each adapter has its own bias. They compute consecutive samples of
+// one adapter together, exactly as a call of tt_linear with only these samples computes them. If the samples of an
+// adapter are not consecutive, the backward pass first orders the samples by adapter.
 #include <cstring>
 
 #include "tt_linear.h"
@@ -37,7 +38,7 @@ Tensor tt_linear_grouped(Tensor x_, Tensor W, std::optional<Tensor> b, Tensor D,
       op.y = {static_cast<char*>(y.data_ptr()) + i * tokens * d_out * size, d_out, type};
       op.base = op.y;
       op.b = bias ? bias->data() : nullptr;
-      if (ids[i] < 0) {  // the sample has no adapter, so that op keeps rank 0
+      if (ids[i] < 0) {  // the sample has no adapter, and op keeps rank 0
         kernels().forward(op, 0, tokens);
         continue;
       }
@@ -113,7 +114,8 @@ Linear tt_linear_grouped_fwd(Tensor x_, Tensor W, std::optional<Tensor> b, Tenso
 }
 
 // Copies the samples of `from` [samples, tokens, columns] to `to` in another order; both tensors are contiguous. Sample
-// i of `to` becomes sample order[i] of `from`. If `back` is set, sample order[i] of `to` becomes sample i of `from`.
+// order[i] of `from` is copied to sample i of `to`. If `back` is set, sample i of `from` is copied to sample order[i]
+// of `to`.
 void copy_samples(const Tensor& to, const Tensor& from, const std::vector<int64_t>& order, bool back) {
   const size_t bytes = static_cast<size_t>(from.size(1) * from.size(2)) * from.element_size();
   auto* const target = static_cast<char*>(to.data_ptr());
@@ -124,9 +126,9 @@ void copy_samples(const Tensor& to, const Tensor& from, const std::vector<int64_
   }
 }
 
-// Orders the samples so that every adapter has only one run, and its gradients are therefore computed in one call and
-// rounded once. If the samples of every adapter are already consecutive, nothing is copied. Otherwise `ordered` copies
-// the samples in the order of their adapters, and `restored` copies them back to the original order.
+// Orders the samples so that every adapter has only one run. The gradients of the adapter are then computed in one call
+// and rounded once. If the samples of every adapter are already consecutive, nothing is copied. Otherwise `ordered`
+// copies the samples in the order of their adapters, and `restored` copies them back to the original order.
 class Together {
  public:
   Together(const std::vector<int64_t>& ids, int64_t tokens) : order_(ids.size()) {

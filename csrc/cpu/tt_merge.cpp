@@ -1,4 +1,5 @@
-// Implements efft::tt_merge_.cpu, which computes W += sign (D G)^T in float and rounds the result once.
+// Implements efft::tt_merge_.cpu, which adds the update of a layer to its weight W or subtracts it:
+// W += sign (D G)^T. D and G are the factors of the update. The sum is computed in float and rounded once.
 #include "tensors.h"
 
 namespace efft {

@@ -10,7 +10,7 @@
 //
 // Rounding errors in G would change the update of a layer for every token, and the factors are small enough that
 // precise products are cheap. Therefore factors of every type are multiplied in fp32 without tensor cores. Sums are
-// added in a fixed order. The kernels read the masks directly, so that no masked copies of the factors are needed.
+// added in a fixed order. The kernels read the masks directly, so no masked copies of the factors are needed.
 #include "launch.h"
 #include "small_product.cuh"
 

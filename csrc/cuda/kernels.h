@@ -1,8 +1,11 @@
-// Declares the interface between the torch binding and the CUDA kernels, which does not depend on torch. A plain struct
-// of pointers, sizes and strides describes each operation. One function per operation launches its kernels on a stream.
-// A few more functions tell the binding which part of the work the kernels of an operation will do.
+// Declares the interface between the torch binding (the files tt_*.cpp) and the CUDA kernels. The interface does not
+// depend on torch. A plain struct of pointers, sizes and strides describes each operation. One function per operation
+// launches its kernels on a stream. A few more functions tell the binding which part of the work the kernels of an
+// operation will do.
 //
 // Terms that all files in this folder use:
+// - tokens: the rows of the input of a layer.
+// - factors: the matrices D and G. A layer adds the update h G with h = x D to the product with its frozen weight.
 // - producer: the operation that runs directly before a layer and computes its input, a GELU or a layer norm.
 // - tail: the rank-r product H T, which is added to the product of full size, A B.
 // - sample: one entry of a batch in which every entry has its own factors. Without such a batch there is one sample.
@@ -31,8 +34,8 @@ bool is_generation_known();
 
 enum class Type : uint8_t { float32, bfloat16, float16 };
 
-// A matrix, or a batch of matrices. The elements of a row are contiguous. Unless a field says otherwise, every row
-// starts at a multiple of 16 bytes, so that kernels can copy 16 bytes at a time.
+// A matrix, or a batch of matrices. The elements of a row are contiguous. Kernels copy 16 bytes at a time. Therefore
+// every row starts at a multiple of 16 bytes, unless the comment of a field states that its rows need no alignment.
 struct Matrix {
   void* data = nullptr;
   int64_t row = 0;     // distance between rows, in elements
@@ -55,7 +58,7 @@ struct Norm {
   Vector gamma;           // [columns]; ones if absent
   Vector beta;            // [columns]; zeros if absent
   float* mean = nullptr;  // [rows]
-  float* rstd = nullptr;  // [rows], reciprocals of the standard deviations
+  float* rstd = nullptr;  // [rows], 1 / sqrt(variance + eps)
   float eps = 0;          // added to the variance
 };
 
@@ -122,7 +125,8 @@ struct ReduceTokens {
 // Returns whether reduce_tokens needs no memory for partial sums, and can compute db, dgamma and dbeta. This is the
 // case from the second generation on.
 bool reduce_tokens_finishes();
-// Returns the number of ranges of tokens with which reduce_tokens fills the GPU, if there are enough tokens.
+// Returns the number of ranges of tokens with which reduce_tokens fills the GPU. With few tokens, the number is
+// smaller.
 int64_t reduce_tokens_splits(const ReduceTokens& op);
 cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream);
 

@@ -42,8 +42,8 @@ struct LaunchShape {
   bool dependent = false;
 };
 
-// Launches a kernel whose blocks have SHARED bytes of dynamic shared memory. LIMIT is the most that the GPUs for which
-// the kernel is meant provide.
+// Launches a kernel whose blocks have SHARED bytes of dynamic shared memory. LIMIT is the largest size that a block can
+// have on the GPUs that run this kernel.
 template <auto KERNEL, size_t SHARED = 0, size_t LIMIT = SHARED_EVERYWHERE, class... Arguments>
 cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, Arguments&&... arguments) {
   static_assert(SHARED <= LIMIT, "more shared memory than a block can have");

@@ -1,5 +1,6 @@
-// Loads all kernels. Otherwise CUDA would load each kernel at its first launch, which is not allowed while a graph is
-// captured. A warm-up before the capture is not enough, because with other shapes it may launch other kernels.
+// Loads all kernels. Otherwise CUDA would load each kernel at its first launch, and no kernel may be loaded while a
+// graph is captured. A warm-up before the capture is not enough: if its shapes differ from those of the capture, it may
+// launch other kernels.
 #include <atomic>
 
 #include "kernels.h"
@@ -8,7 +9,7 @@
 namespace efft {
 
 cudaError_t load_kernels() {
-  static std::atomic<uint64_t> loaded{0};  // one bit for each of the first 64 GPUs; others load at every call
+  static std::atomic<uint64_t> loaded{0};  // a bit for each of the first 64 GPUs; for other GPUs, every call loads
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;

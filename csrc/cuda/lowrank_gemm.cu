@@ -59,7 +59,8 @@ __device__ void write_sums(
   if (both) write(op.Y.data, op.Y.type, place + 1, second);
 }
 
-// Selects one of two sources field by field, so that the compiler keeps both in registers.
+// Returns `one` if `first` is true, else `other`. It selects field by field, so that the compiler keeps both sources in
+// registers.
 template <class T>
 __device__ Source<T> select(bool first, const Source<T>& one, const Source<T>& other) {
   return {first ? one.data : other.data, first ? one.row : other.row, first ? one.rows : other.rows,
@@ -116,7 +117,7 @@ cudaError_t launch_type(const LowRankGemm& op, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     return launch_tiles<T, Sums<T, 64, 64, 2, 2, TRANSPOSED>>(op, stream);
   } else {
-    // The big tile reads each operand fewer times. The small tile fills the GPU with a smaller output.
+    // With the big tile, each operand is read fewer times. With the small tile, a smaller output fills the GPU.
     const bool fills = op.samples * ceil_div(op.M, 128) * ceil_div(op.N, 128) >= multiprocessors();
     if (fills) return launch_tiles<T, Sums<T, 128, 128, 2, 4, TRANSPOSED>>(op, stream);
     return launch_tiles<T, Sums<T, 64, 64, 2, 2, TRANSPOSED>>(op, stream);

@@ -1,6 +1,6 @@
-// Computes W += sign (D G)^T. Products and sums are in fp32, the result is rounded once, and no temporary tensor has
-// the size of W. Weights are rarely merged. Therefore the kernel need not be fast: it accepts any strides and uses no
-// tensor cores.
+// Adds the update of a layer to its weight W or subtracts it: W += sign (D G)^T, where D and G are the factors of the
+// update. Products and sums are in fp32, the result is rounded once, and no temporary tensor has the size of W. Weights
+// are rarely merged. Therefore the kernel need not be fast: it accepts any strides and uses no tensor cores.
 #include "launch.h"
 #include "small_product.cuh"
 

@@ -1,6 +1,6 @@
 // Packs operands: copies them into the form that the products read. The copies have the type of the products and
 // aligned rows. In a batch whose samples have different adapters, the copy of a factor contains one matrix per sample.
-// Factors are packed in most calls, other operands only if their type or their strides require it.
+// Factors are packed in most calls. Other operands are packed only if their type or their strides require it.
 #include <algorithm>
 #include <cmath>
 

@@ -1,6 +1,6 @@
 // Computes the forward and backward passes of the producer of a layer (the GELU or layer norm that runs directly before
-// the layer) in separate kernels. The GELU is computed element by element, the layer norm with one warp per row. The
-// forward kernel writes the producer's output, which the layer's products read. The backward kernel computes the
+// the layer) in separate kernels. The GELU is computed element by element. One warp computes the layer norm of a row.
+// The forward kernel writes the producer's output, which the layer's products read. The backward kernel computes the
 // gradient of the producer's input from the gradient of the output. It also recomputes the output, which therefore need
 // not be saved for the backward pass.
 //

@@ -1,5 +1,6 @@
-// Computes H = A P, where the number of columns of P and H is the rank. The kernel reads A once for every 128 columns
-// of H, and therefore only once for ranks up to 128.
+// Computes H = A P, where the number of columns of P and H is the rank: h = x D in the forward pass of a layer, and
+// dh = gy G^T in the backward pass. The kernel reads A once for every 128 columns of H, and therefore only once for
+// ranks up to 128.
 #include <algorithm>
 
 #include "accumulator.cuh"

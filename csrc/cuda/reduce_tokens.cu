@@ -3,9 +3,10 @@
 // in the same order.
 //
 // One kernel computes both products. The tokens are divided into as many ranges ("splits") as are needed to fill the
-// GPU. Every block processes 64 columns of gy or of x in one range, and up to 128 ranks. It reads each element of these
-// columns once, and its sums stay in registers until it writes them as partial sums. A second, small kernel adds the
-// partial sums of the ranges in order and rounds once. Therefore no atomic additions are needed.
+// GPU. Every block multiplies 64 columns of gy or x by up to 128 columns of h or dh, for the tokens of one range. The
+// block reads each element of its columns once. Its sums stay in registers until it writes them as partial sums. A
+// second, small kernel adds the partial sums of the ranges in order and rounds once. Therefore no atomic additions are
+// needed. If the second generation of kernels is selected, reduce_tokens_sm90.cu computes the sums instead.
 #include <algorithm>
 
 #include "accumulator.cuh"
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(WARPS * 32) reduce_tokens_kernel(const __grid_
   const int64_t tokens = range(op.tokens, op.splits), begin = split * tokens;
   const int64_t end = begin + tokens < op.tokens
                           ? begin + tokens
-                          : op.tokens;  // the sources below end here, so that tiles contain zeros beyond the range
+                          : op.tokens;  // the sources below end here, so tiles contain zeros beyond the range
   const int64_t rank = static_cast<int64_t>(blockIdx.z) * RANKS, size_G = op.rank * op.d_out;
   float* const partial_G = op.partials + split * (size_G + op.d_in * op.rank);
   float* const partial_D = partial_G + size_G;

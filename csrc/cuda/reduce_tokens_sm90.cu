@@ -10,11 +10,11 @@
 // EFFT_SM90_GENERATION=2 selects it.
 //
 // Blocks form clusters, and a block can read the shared memory of the other blocks in its cluster. Each cluster
-// computes the sums for 64 columns of gy, x or da (and for at most 128 ranks). The tokens are divided into ranges
-// ("splits"), one per block of the cluster. First, each block stores the sums over its range in its own shared memory.
-// Then the elements of the result are divided among the blocks. For each of its elements, a block adds the sums of all
-// blocks in the order of the ranges, and rounds once. Therefore no partial sums go through global memory, and no
-// addition is atomic.
+// computes the sums for 64 columns of gy, x or da. In a product, it combines them with at most 128 columns of h or dh.
+// The tokens are divided into ranges ("splits"), one per block of the cluster. First, each block stores the sums over
+// its range in its own shared memory. Then the elements of the result are divided among the blocks. For each of its
+// elements, a block adds the sums of all blocks in the order of the ranges, and rounds once. Therefore no partial sums
+// go through global memory, and no addition is atomic.
 #include <algorithm>
 
 #include "accumulator.cuh"
@@ -26,7 +26,7 @@ namespace efft {
 namespace {
 
 constexpr int COLUMNS = 64, STAGES = 4, WARPS = 4, THREADS = WARPS * 32;
-constexpr int64_t MOST_SPLITS = 8;     // the largest number of blocks per cluster that every GPU with clusters supports
+constexpr int64_t MOST_SPLITS = 8;     // number of blocks in the largest cluster that all of these GPUs support
 constexpr int64_t LEAST_TOKENS = 256;  // the number of tokens divided by this, rounded up, limits the number of ranges
 // The distance between two rows of sums in shared memory. It is one more than the number of columns, so that the
 // elements of a column are in different banks.
@@ -47,7 +47,7 @@ struct alignas(16) Elements {
   T values[EACH<T>];
 };
 
-// To sum columns, ACROSS threads read one row of 64 columns, so that a block reads DOWN rows at a time.
+// To sum columns, ACROSS threads read one row of 64 columns. Therefore a block reads DOWN rows at a time.
 template <class T>
 constexpr int ACROSS = COLUMNS / EACH<T>;
 template <class T>
@@ -173,7 +173,7 @@ __device__ void sum_columns(
       else
         load<T>(at, static_cast<const T*>(z.data) + token * z.row, column, columns);
       const float mean = norm.mean[token], rstd = norm.rstd[token];
-      // Beyond the last column, values[i] is zero, so that nothing is added.
+      // Beyond the last column, values[i] is zero, and nothing is added.
 #pragma unroll
       for (int i = 0; i < N; ++i) times_z[i] += values[i] * ((at[i] - mean) * rstd);
     }
@@ -260,8 +260,8 @@ __global__ void __launch_bounds__(THREADS) reduce_tokens_sm90_kernel(const __gri
     });
     return;
   }
-  // The remaining sums do not depend on the rank, so that only the clusters for the first ranks compute them. `rank` is
-  // the same in all blocks of a cluster. Therefore no block returns while others of its cluster wait for it.
+  // The remaining sums do not depend on the rank. Only the clusters for the first ranks compute them. `rank` is the
+  // same in all blocks of a cluster. Therefore no block returns here while other blocks of its cluster wait for it.
   if (rank > 0) return;
   group -= groups.dD;
   const bool of_gy = group < groups.db;

@@ -121,7 +121,7 @@ inline bool has_aligned_rows(const Tensor& t) {
   return all;
 }
 
-// Returns a copy of `t` in `type` with aligned rows. The next call of launches.stream() launches the copying. If
+// Returns a copy of `t` in `type` with aligned rows. The next call of launches.stream() performs the copy. If
 // `adapter` is given, sample i of the copy is matrix adapter[i] of `t`; Pack in kernels.h describes the treatment of
 // other indices.
 inline Tensor packed(

@@ -1,4 +1,5 @@
-// Defines tiles in shared memory, and functions that fill them by asynchronous copies of 16 bytes.
+// Defines tiles in shared memory, a function that fills a tile by asynchronous copies of 16 bytes, and functions that
+// read and write elements of any type.
 #pragma once
 
 #include "instructions.cuh"
@@ -56,7 +57,7 @@ __device__ void fetch(const Tile<T, ROWS, COLUMNS>& tile, const Source<T>& from,
   }
 }
 
-// The functions read and write access one element of any type.
+// The functions `read` and `write` access one element of a matrix whose type is known only at run time.
 __device__ inline float read(const Vector& from, int64_t at) {
   if (from.type == Type::float32) return static_cast<const float*>(from.data)[at];
   if (from.type == Type::bfloat16) return widen(static_cast<const bf16*>(from.data)[at]);

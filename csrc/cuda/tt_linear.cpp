@@ -5,8 +5,8 @@
 // computes h = a D and y = a W^T + b + h G. Either one kernel computes both, or a separate kernel computes h first. The
 // backward pass uses the same kernels to compute dh = gy G^T and the gradient of a, gy W + dh D^T. Then it launches the
 // backward kernel of the producer, and finally calls reduce_tokens for dG and dD. If the bias or the norm is trained,
-// torch computes their gradients, which are sums over the tokens. The second generation of kernels, which
-// EFFT_SM90_GENERATION=2 selects on compute capability 9.0, computes these gradients in reduce_tokens instead.
+// torch computes the gradients of their parameters, which are sums over the tokens. The second generation of kernels,
+// which EFFT_SM90_GENERATION=2 selects on compute capability 9.0, computes these gradients in reduce_tokens instead.
 #include "tt_linear.h"
 
 #include <array>
@@ -30,7 +30,7 @@ std::optional<Tensor> whole(const std::optional<Tensor>& t) {
 }
 
 // Returns x with aligned rows, converted to another type if necessary. Without a producer, x is converted to the type
-// of the products. A producer can read this type and float, so that x of any other type is converted to float.
+// of the products. A producer can read this type and float. If x has any other type, it is converted to float.
 Tensor with_readable_rows(
     const Tensor& x, const LayerProducer& producer, ScalarType product, const Launches& launches) {
   const bool own = producer.kind != Producer::none && x.scalar_type() != product;

@@ -1,8 +1,10 @@
-// Implements efft::tt_linear_grouped{,_fwd}.cuda, the forward pass of a layer in which each sample has its own factors.
+// Implements efft::tt_linear_grouped{,_fwd}.cuda, the forward pass of a layer in which each sample has the factors of
+// its own adapter.
 // The factors are always copied, to convert them to the type of the products. The copy contains one matrix per sample,
-// so that the products do not need the adapter indices: the matrices of a sample without an adapter contain zeros, and
+// so the products do not need the adapter indices: the matrices of a sample without an adapter contain zeros, and
 // those of a sample whose adapter index is too large contain NaN. The backward pass
-// (efft_kernels/ops/tt_linear_grouped.py) computes dx with the same operator and exchanged operands.
+// (efft_kernels/ops/tt_linear_grouped.py) also uses tt_linear_grouped_fwd: it computes dx from gy and from the
+// transposed weight and factors.
 #include "tt_linear.h"
 
 namespace efft {

@@ -55,7 +55,7 @@ def cannot_adapt(model: nn.Module, name: str, view: str = "linear") -> str | Non
         if kind is None:
             return (
                 f"expected a linear layer, a convolution, a Conv1D of transformers or an embedding, got "
-                f"{type(layer).__name__}; name its parameters"
+                f"{type(layer).__name__}; name the parameters of this module instead"
             )
         return kind.refusal(layer)
     owner, _, parameter = name.rpartition(".")
@@ -166,8 +166,8 @@ def restore(model: nn.Module, originals: Mapping[nn.Module, nn.Module]) -> None:
     """Undo every adaptation in ``model``, merged or not. Parameters stay frozen.
 
     Args:
-        originals: maps each stand-in to the layer that it replaced. The layer gets the parameters, the hooks and the
-            mode of the stand-in.
+        originals: maps each stand-in to the layer that it replaced. The layer gets the parameters, the hooks, the mode
+            and the other attributes of the stand-in.
     """
     for stand_in, layer in originals.items():
         assert isinstance(stand_in, AdaptedLayer)
@@ -206,7 +206,10 @@ def _module_at(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def replace_modules(model: nn.Module, new_of: Mapping[nn.Module, nn.Module]) -> None:
-    """Replace modules wherever they are registered or stored in other attributes. ``new_of`` maps old to new ones."""
+    """Replace modules wherever modules of ``model`` register them or store them in other attributes.
+
+    ``new_of`` maps old to new modules.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in new_of:

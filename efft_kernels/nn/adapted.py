@@ -1,12 +1,14 @@
 """Define ``AdaptedWeight``, a frozen weight with an update from a bank of factors, in any kind of module.
 
-A *bank* is the module that owns the trained factors of many layers. The update ``(D G)ᵀ`` is added to a matrix
-``[d_out, d_in]``. A *view* states how the weight stores this matrix:
+A *bank* is the module that owns the trained factors of many layers. A *site* is the part of a bank that one weight
+uses. The update ``(D G)ᵀ`` is added to a matrix ``[d_out, d_in]``. A *view* states how the weight stores this matrix:
 
 - ``"linear"``: the weight is ``[d_out, d_in]``.
 - ``"transposed"``: the weight is ``[d_in, d_out]``.
 - ``"convolution"``: the weight is ``[d_out, ...]``; all dimensions except the first form d_in.
 - ``"stacked"``: the weight is ``[..., d_in]``; all dimensions except the last form d_out.
+
+The views of weights that store many experts are in :mod:`efft_kernels.nn.experts`.
 """
 
 from __future__ import annotations
@@ -192,8 +194,8 @@ class AdaptedWeight:
     def merge(self, dequantize: bool = False) -> MergeLoss | None:
         """Add the update to the weight, in fp32 with one rounding. A copy of the base weight makes unmerge exact.
 
-        A quantized weight cannot store this sum. With ``dequantize``, a dense weight with the same dtype attribute
-        replaces the quantized weight until :meth:`unmerge`.
+        A quantized weight cannot store this sum. With ``dequantize``, a dense weight replaces the quantized weight
+        until :meth:`unmerge`. The dense weight has the dtype that the quantized weight reports.
 
         Returns:
             The size of the update and the rounding error; None if the update was merged already.

@@ -67,7 +67,9 @@ class EfftMultiheadAttention(AdaptedModule):
                 f"{[list(t.shape) for t in (query, key, value)]}"
             )
         if is_causal and attn_mask is None:
-            raise RuntimeError("expected attn_mask with is_causal=True, which is only a hint about the mask, got None")
+            raise RuntimeError(
+                "expected attn_mask with is_causal=True, because is_causal is only a hint about the mask, got None"
+            )
         q, k, v = self._projected(query, key, value)
         if not batched:
             q, k, v = (t.unsqueeze(0) for t in (q, k, v))
@@ -103,7 +105,7 @@ class EfftMultiheadAttention(AdaptedModule):
         return any(_counts(weight) for module in (self, out) for weight in adapted_weights_of(module))
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the projections. If inputs are the same tensor, one product computes their projections together."""
+        """Return the projected query, key and value. One product projects all inputs that are the same tensor."""
         mha: Any = self
         bias = mha.in_proj_bias
         if not mha._qkv_same_embed_dim:

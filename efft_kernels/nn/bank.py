@@ -1,4 +1,4 @@
-"""Define ``FactorBank``, the base class of all modules that own factors shared by many layers.
+"""Define ``FactorBank``, the base class of all modules that own factors shared by many layers, and helpers for it.
 
 A bank owns the trainable tensors (the factors). A *site* is the part of a bank that one layer uses. The *operands* of
 a site are the tensors by which its layer multiplies, in general D and G. A *pass* is one forward pass of the model,
@@ -99,7 +99,7 @@ class FactorBank(nn.Module, ABC):
 
         A class that defines this method composes its operands once in evaluation, and again only after a parameter, a
         buffer or one of these values has changed. A subclass does not inherit this behavior, because its operands may
-        depend on more values: it composes them in every pass, unless it defines this method itself.
+        depend on more values. It composes the operands in every pass unless it defines this method itself.
 
         Returns:
             None, by default, to compose the operands in every pass.
@@ -292,7 +292,7 @@ class FactorBank(nn.Module, ABC):
     def _remember(self, pairs: Sequence[Operands]) -> _Pass:
         """Keep the operands of a pass as long as its autograd graph exists.
 
-        Activation checkpointing runs layers again in the backward pass, and they then need these operands.
+        Activation checkpointing runs layers again in the backward pass, and the layers then need these operands.
         """
         this = _Pass(self.bindings, pairs)
         nodes: list[Any] = [t.grad_fn for pair in pairs for t in pair if t.grad_fn is not None]
@@ -305,7 +305,7 @@ class FactorBank(nn.Module, ABC):
     def _replay(self, node: Any, binding: Binding) -> Operands:
         """Return the operands for a layer that the backward pass, now at ``node``, runs again.
 
-        They are those of the forward pass to which this backward pass belongs.
+        The operands are those of the forward pass to which this backward pass belongs.
         """
         this = self._find_pass(node)
         reentrant = node.name() == "CheckpointFunctionBackward" and torch.is_grad_enabled()

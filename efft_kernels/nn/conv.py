@@ -21,8 +21,8 @@ class _EfftConv(AdaptedLayer):
 
     The matrix of a kernel ``[d_out, channels, *kernel_size]`` is ``[d_out, channels * prod(kernel_size)]``. Therefore D
     is a kernel with r outputs, G is a kernel with one position, and the dense update is never built. A convolution with
-    one kernel position and channels-last input is computed as a linear layer. A grouped convolution builds the dense
-    update of its kernel (see :meth:`_in_groups`).
+    one kernel position, stride 1, no padding and a channels-last input is computed as a linear layer. A grouped
+    convolution builds the dense update of its kernel (see :meth:`_in_groups`).
     """
 
     view = "convolution"
@@ -47,10 +47,10 @@ class _EfftConv(AdaptedLayer):
     def _in_groups(self, x: Tensor, W: Tensor, D: Tensor, G: Tensor) -> Tensor:
         """Convolve with the dense sum of the kernel and its update.
 
-        In a grouped (or depthwise) convolution, D would be one kernel per group with r outputs, but the layer has only
-        d_out / groups outputs per group. The low-rank form would cost more arithmetic and memory than the layer itself.
-        The kernel and its update are tiny compared with the activations. In dtypes smaller than fp32, rounding the sum
-        would lose the update, so the update is convolved separately.
+        In a grouped (or depthwise) convolution, D would be a kernel with r outputs for each group, although the layer
+        itself has only d_out / groups outputs per group. The low-rank form would cost more arithmetic and memory than
+        the layer itself. The kernel and its update are tiny compared with the activations. In dtypes smaller than fp32,
+        rounding the sum would lose the update, so the update is convolved separately.
         """
         conv: Any = self
         if (autocast_dtype(x.device) or x.dtype).itemsize < 4:

@@ -29,8 +29,8 @@ from efft_kernels.ops import tt_linear
 class Effective(Tensor):
     """Represent ``W + (D G)ᵀ`` before it is computed, with the shape, dtype and device of the weight ``W``.
 
-    If a custom autograd.Function uses this tensor and returns a gradient for it, the gradient is passed on to W, D and
-    G, as far as they require one.
+    If a custom autograd.Function uses this tensor and returns a gradient for it, the gradient is passed on to those of
+    W, D and G that require a gradient.
 
     Attributes:
         owner: the adapted weight.

@@ -3,8 +3,8 @@
 A bank is the module that owns the trained factors of many layers. The operands of a layer are the tensors that the bank
 composes from the factors and by which the layer multiplies (in general D and G). In evaluation the factors do not
 change between two forward passes, so composing the operands again would give the same tensors. :class:`Evaluated` holds
-the operands and a copy or a description of everything from which they were computed. Before every reuse, it compares
-this with the current state of the bank, so nobody needs to report that factors have changed.
+the operands and a copy or a description of everything from which they were computed. Before every reuse, this
+record is compared with the current state of the bank, so nobody needs to report that factors have changed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class _Source:
     The address of the memory and autograd's version of the content reveal a new parameter, a swap of ``.data``, and a
     change in place. An alias keeps the memory allocated, so that no other tensor can get the same address. On the CPU
     a copy of the content is compared as well, because code that writes through ``.data`` or NumPy does not change the
-    version, and the comparison takes little time there. On other devices it would wait for the device.
+    version, and the comparison takes little time there. On other devices, the comparison would have to wait for the
+    device.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -82,7 +83,8 @@ def can_be_kept(tensors: Sequence[Tensor]) -> bool:
     - The code is compiled, exported, traced, transformed or captured. Later runs of such code would not see that the
       factors have changed.
     - A change of one of the tensors could not be noticed.
-    - Several processes share the work. Libraries that shard parameters release and refill their memory between passes.
+    - Several processes share the work. Libraries that shard parameters release and refill the memory of the parameters
+      between passes.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensors:
         return False

@@ -1,8 +1,9 @@
 """Define ``expert_mm``, which multiplies the rows of every expert by that expert's matrix.
 
-On GPUs of compute capability 8.0 and newer, ``F.grouped_mm`` computes it for bfloat16, float16 and float32, and in
-compiled code only for bfloat16. ``F.grouped_mm`` needs row sizes that are multiples of 16 bytes, so the operands are
-padded to such sizes. In all other cases, including the CPU, an op of this module multiplies one expert after another.
+On GPUs of compute capability 8.0 and newer, ``F.grouped_mm`` computes the products for bfloat16, float16 and float32;
+in compiled code, it does so only for bfloat16. ``F.grouped_mm`` needs row sizes that are multiples of 16 bytes, so the
+operands are padded to such sizes. In all other cases, including the CPU, an op of this module multiplies one expert
+after another. A second op of this module computes the gradient of the matrices.
 """
 
 from __future__ import annotations

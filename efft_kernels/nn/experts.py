@@ -1,4 +1,4 @@
-"""Adapt the experts of a mixture of experts whose matrices one three-dimensional parameter stores.
+"""Adapt the experts of a mixture of experts, if one three-dimensional parameter stores the matrices of all experts.
 
 :class:`Routing` sorts tokens by expert, and :class:`ExpertWeight` adds an update to the matrix of each expert. A
 *router* chooses k experts for each token; a *row* is one pair of a token and one of its experts.
@@ -53,7 +53,7 @@ class Routing(NamedTuple):
 
 
 class ExpertWeight(AdaptedParameter):
-    """Adapt the matrices of experts ``[experts, d_out, d_in]``, which one parameter of a module stores.
+    """Adapt the matrices of all experts, which one parameter ``[experts, d_out, d_in]`` of a module stores.
 
     All experts share D, so D multiplies every token once, for any number of experts per token. Each expert e has its
     own core C[e], and all experts share V. Expert e adds ``(x D) C[e] V`` to its output, and no matrix of the size of

@@ -29,8 +29,8 @@ class Site:
         layer: index of the layer. It selects the cores (unless all layers share them), the dropout masks, the diagonals
             and, if ``trainable_scale`` is ``"matrix"``, the scales.
         cores: the layer's cores, one per column block of its output: ``(0, 1, 2)`` for a fused qkv.
-        transpose: use the transposed tensor train, ``D = Vᵀ`` and ``G = s Cᵀ Uᵀ``. The second layer of an MLP uses it
-            if the first layer uses the train that is not transposed.
+        transpose: whether to use the transposed tensor train, ``D = Vᵀ`` and ``G = s Cᵀ Uᵀ``. The second layer of an
+            MLP uses it if the first layer uses the train that is not transposed.
         columns: half-open range of V's columns that this layer uses; None for all.
         mask_scope: number of a draw of the dropout masks. Sites of one layer share one random draw of the masks of U
             and V if their scopes are equal.
@@ -254,10 +254,12 @@ class TTFactors(FactorBank):
         return self.initial_scale
 
     def sources(self) -> list[Tensor]:
-        """Return the factors, the diagonals and the trained scale, which another bank may own."""
-        log_scale = self._log_scale()
-        own: list[Tensor] = [p for p in self._parameters.values() if p is not None and p is not log_scale]
-        return own if log_scale is None else [*own, log_scale]
+        """Return the factors, the diagonals and the trained scale, which another bank may own.
+
+        These are the tensors that :meth:`compose` reads, whether or not they are registered as parameters.
+        """
+        tensors = (self.U, self.C, self.V, self.a, self.b, self._log_scale())
+        return [tensor for tensor in tensors if tensor is not None]
 
     def bind(self, site: Site) -> Binding:
         """Register a layer that uses ``site``, and return the binding that the layer passes to :meth:`down_up`.
@@ -272,16 +274,19 @@ class TTFactors(FactorBank):
         """Raise ValueError if the site is outside this bank or is inconsistent."""
         if not (0 <= site.layer < self.n_layers and all(0 <= c < self.n_cores for c in site.cores)):
             raise ValueError(f"{site} does not fit a bank of {self.n_layers} layers with {self.n_cores} cores each")
+        if not site.cores:
+            raise ValueError(f"{site} has no cores: expected one per column block of the layer's output")
         first, last = site.columns or (0, self.d_out)
-        if not 0 <= first < last <= self.d_out or not site.cores:
-            raise ValueError(f"{site} does not fit a train with {self.d_out} output columns")
+        if not 0 <= first < last <= self.d_out:
+            raise ValueError(f"{site} does not fit a tensor train with {self.d_out} output columns")
         if site.experts < 0 or len(site.cores) % (site.experts or 1):
             raise ValueError(f"{site}: every expert needs the same number of cores, got {len(site.cores)} cores")
         if site.interleaved and not site.experts:
             raise ValueError(f"{site}: only the column blocks of experts can be interleaved")
         if site.transpose and site.blocks > 1:
             raise ValueError(
-                f"{site}: a transposed train has one core per matrix, because the rows of U form a single column block"
+                f"{site}: a transposed tensor train has one core per matrix, because the rows of U "
+                "form a single column block"
             )
         if site.mask_scope < 0:
             raise ValueError(f"{site}: mask_scope must be 0 or more")

@@ -1,7 +1,8 @@
-"""Define :class:`FrozenLayer`, the base class of adapted layers, and functions for quantized weights.
+"""Define :class:`FrozenLayer`, the base class of layers that replace a frozen layer, and helper functions.
 
-A *stand-in* is a layer that replaces a layer of a model. A *plain* weight is a dense tensor whose memory contains its
-entries; the weights of torchao and bitsandbytes are quantized instead.
+The helper functions decide whether a layer can be replaced, and convert quantized weights. A *stand-in* is a layer that
+replaces a layer of a model. A *plain* weight is a dense tensor whose memory contains its entries; the weights of
+torchao and bitsandbytes are quantized instead.
 """
 
 from __future__ import annotations
@@ -154,16 +155,16 @@ def not_only_a_weight(layer: nn.Module, kind: type[nn.Module]) -> str | None:
         if hasattr(kind, name)
     )
     if own and (kind is not nn.Linear or is_plain(cast(Tensor, layer.weight))):
-        return f"{type(layer).__name__} has a forward of its own, which the adapted layer would drop"
+        return f"{type(layer).__name__} has its own forward method, which the adapted layer would not call"
     if "forward" in layer.__dict__:
-        return "a forward was set on the layer itself, which the adapted layer would drop; undo that first"
+        return "a forward method was set on the layer itself, which the adapted layer would not call; undo that first"
     if getattr(layer, "parametrizations", None):
         return "the layer's weight is parametrized; remove the parametrization first"
     more = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
     if more or not isinstance(layer.weight, nn.Parameter):
         return (
             f"expected only the parameters weight and bias, found {', '.join(sorted(more)) or 'a computed weight'} "
-            "too, as torch.nn.utils.weight_norm and similar functions add them; remove that first"
+            "too, which torch.nn.utils.weight_norm or a similar function added; undo that first"
         )
     return None
 
@@ -185,7 +186,7 @@ def dequantized(weight: Tensor) -> Tensor:
     """Return the dense values of ``weight`` ``[d_out, d_in]`` in its dtype; return a plain weight itself.
 
     Raises:
-        TypeError: the class of the weight has no ``dequantize()`` of its own (the classes of bitsandbytes do not).
+        TypeError: the class of the weight has no ``dequantize()`` of its own (the classes of bitsandbytes have none).
     """
     if is_plain(weight):
         return weight

@@ -1,7 +1,7 @@
-"""Set the initial values of U, the cores and V, the factors of the update ``ΔW = s · U C V``.
+"""Set the initial values of the factors U, C (the cores) and V of ``ΔW = s · U C V``, and compute the scale s.
 
 U or V starts at zero, so that the update starts at zero. The other one and the cores are Xavier-uniform. PyTorch
-derives the Xavier bound of a three-dimensional parameter from the order of its dimensions, its layout. The scales s
+derives the Xavier bound of a three-dimensional parameter from its *layout*, the order of its dimensions. The scales s
 that the EFFT paper (arXiv 2311.06749) publishes were tuned with the bound that results from the layout in the paper's
 code. That layout is therefore a setting of the initialization. The layout has no other effect: this project always
 stores cores as [n_layers, n_cores, r1, r2].

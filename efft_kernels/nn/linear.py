@@ -39,8 +39,8 @@ class AdaptedLayer(FrozenLayer, AdaptedWeight):
     the update. At other times ``weight`` is the stored parameter; :attr:`stored` always returns the stored parameter.
 
     Attributes:
-        read: if True, ``weight`` is always the effective weight. This is for layers that their parent never calls;
-            the result is then also correct if only a part of the model is called.
+        read: whether ``weight`` is always the effective weight. This is the case for layers whose parent reads the
+            weight and never calls the layer. The result is then also correct if only a part of the model is called.
         reader: the class name of the module that reads the weight, or None if no such module is known.
     """
 
@@ -58,7 +58,8 @@ class AdaptedLayer(FrozenLayer, AdaptedWeight):
             self.__dict__["factors"] = factors
         self.site, self.binding = site, factors.bind(site)
         self.enabled = True
-        self.read = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention reads
+        # nn.MultiheadAttention uses this class for its out_proj and reads the weight.
+        self.read = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
         self.reader: str | None = None
         self.register_buffer("base_weight", None, persistent=False)
 
@@ -95,14 +96,15 @@ class EfftLinear(AdaptedLayer, nn.Linear):
     ) -> EfftLinear:
         """Adapt ``linear``: freeze it, and return the adapted layer that replaces it.
 
-        With ``factors``, the layer uses ``site`` of that shared bank (default: layer 0, core 0 of the bank). Without
-        ``factors``, the layer gets its own bank of rank ``rank`` with ``n_cores`` column blocks (3 for a fused qkv),
-        ``scale``, factor ``dropout`` and ``init``. The bank is on the weight's device in fp32, or in fp64 for an fp64
-        weight.
+        With ``factors``, the layer uses ``site`` of that shared bank. For a :class:`TTFactors`, the default site is
+        layer 0 and core 0; any other bank needs a site. Without ``factors``, the layer gets its own bank of rank
+        ``rank`` with ``n_cores`` column blocks (3 for a fused qkv), ``scale``, factor ``dropout`` and ``init``. The
+        bank is on the weight's device in fp32, or in fp64 for an fp64 weight.
 
         Raises:
-            TypeError: ``linear`` is not a plain ``nn.Linear``.
-            ValueError: the sizes do not match, or settings of a bank are passed together with ``factors``.
+            TypeError: ``linear`` cannot be replaced; the message states the reason.
+            ValueError: the sizes do not match, ``site`` is missing, or settings of a bank are passed together with
+                ``factors``.
         """
         if factors is not None:
             if (rank, n_cores, scale, dropout, init) != (16, 1, 1.0, 0.0, "v"):
@@ -181,8 +183,8 @@ def frozen_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     y = forward(linear, x)
     if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
         raise RuntimeError(
-            f"a {type(W).__name__} computed its product without a gradient for its input. After a pass for inference "
-            "bitsandbytes does this on CPUs with AVX512-BF16: set support_avx512bf16_for_cpu = False on its layers"
+            f"a {type(W).__name__} computed its product without a gradient for its input. Layers of bitsandbytes do "
+            "this on CPUs with AVX512-BF16 after inference: set support_avx512bf16_for_cpu = False on these layers"
         )
     return y
 
@@ -190,7 +192,7 @@ def frozen_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 class _OwnProduct(torch.autograd.Function):
     """Compute ``F.linear``, save the quantized weight for the backward pass, and dequantize it again there.
 
-    torchao's own product saves the dense weight, and has no gradient for an ``x`` that it rounds.
+    torchao's own product saves the dense weight, and computes no gradient for ``x`` if the product rounds ``x``.
     """
 
     @staticmethod

@@ -17,8 +17,8 @@ def tt_chain(cores: Sequence[Tensor], side: str = "left", order: str = "C") -> T
     """Contract a chain of tensor-train cores into one matrix, the A (used as D) or the B (used as G) of ``ΔW = A B``.
 
     Args:
-        cores: ``[..., r_0, n_1, r_1], [..., r_1, n_2, r_2], ...`` in one floating-point dtype; leading dimensions are a
-            batch of chains.
+        cores: ``[..., r_0, n_1, r_1], [..., r_1, n_2, r_2], ...`` all in the same floating-point dtype. Leading
+            dimensions are a batch of chains.
         side: ``"left"`` for the tensor train of an input, where r_0 = 1; ``"right"`` for the tensor train of an output,
             where the last rank is 1.
         order: how the indices of the cores are combined into one index of the matrix, as in numpy's reshape. In ``"C"``

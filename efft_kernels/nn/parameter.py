@@ -157,7 +157,8 @@ def adapt_parameter(
 
     Code that reads ``module.<name>`` then gets the effective weight. ``parameters()``, the state dict, ``.to()`` and
     optimizers still use the stored parameter. The effective weight becomes a dense tensor when its values are used,
-    except as the weight of ``F.linear``.
+    except in ``F.linear`` and in some
+    batched products (:mod:`efft_kernels.nn.effective`).
 
     Args:
         module: the module that owns the parameter.
@@ -223,7 +224,7 @@ def cannot_adapt_parameter(module: nn.Module, name: str, view: str = "linear") -
     if not is_plain(parameter):
         return f"it is a {type(parameter).__name__}, not a plain dense tensor, and cannot hold a sum with an update"
     if isinstance(module, torch.jit.ScriptModule):
-        return "the module is TorchScript, which reads it without Python"
+        return "the module is a TorchScript module, which reads the parameter without Python"
     if isinstance(module, nn.RNNBase):
         return "torch's recurrent layers cannot be adapted: they read their weights from a list of their own"
     expected = "2" if view in ("linear", "transposed") else "2 or more"

@@ -1,4 +1,4 @@
-"""Define linear layers that hold the updates of many adapters. Each call uses the selected adapters.
+"""Define linear layers that hold the updates, or entire weights, of many adapters. A call uses the selected adapters.
 
 The adapters are stored as *stacks*: tensors with one row (entry of the first dimension) per adapter. Row 0 stands for
 the frozen base model without an adapter.
@@ -63,7 +63,7 @@ def place_of(x: Tensor, samples: int, layouts: Mapping[int, Layout], learned: bo
 
 
 class PooledLinear(FrozenLayer, nn.Linear):
-    """Compute a frozen linear layer with the selected adapters, which two stacks contain with one row per adapter.
+    """Compute a frozen linear layer with the selected adapters. Two stacks contain one row per adapter.
 
     This is an ``nn.Linear`` with the same ``weight``, ``bias`` and hooks as the layer that it replaces. Several layers
     may share the stacks, which are not part of the layer's state dict.

@@ -6,7 +6,7 @@ a module return a :class:`ProducerOutput`, which contains the input and postpone
 one op (``tt_norm_linear``, ``tt_gelu_linear``). Any other operation first converts the :class:`ProducerOutput` to an
 ordinary tensor, so other modules need no changes and never see a wrong value. If a custom autograd.Function uses the
 :class:`ProducerOutput` and returns a gradient for it, the gradient is passed on to the input and to the norm's
-parameters as without the fusion.
+parameters, just as it would be without the fusion.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Find the parameters that the methods of a module class read directly, by inspecting their bytecode."""
+"""Find the parameters that the methods of a module class read directly, by inspecting the bytecode of the methods."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _chains(code: types.CodeType, module: str | None = None) -> Iterator[list[st
     if module is None:
         return
     chain: list[str] | None = None
-    called = False  # whether the next value is the argument of one of the functions _ASKS
+    called = False  # whether the next value is an argument of a function in _ASKS
     for instruction in dis.get_instructions(code):
         if chain is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             chain.append(instruction.argval)

@@ -70,9 +70,10 @@ def tt_contract(
 ) -> Tensor:  # [n_layers, r1, n_cores * d_out]
     """Contract cores with V for all layers: ``G[l] = scale · [C[l,0] V | C[l,1] V | ...]``.
 
-    Call this op once per step and pass the tensors ``G.unbind(0)`` to the layers. Autograd then stacks the gradients of
-    all layers, and one backward call computes dC and dV. The cores of a layer become column blocks, so that a fused qkv
-    projection needs only one call of ``tt_linear``. For a layer that uses the transposed tensor train (the second layer
+    To *contract* means to multiply, with a sum over the common index r2. Call this op once per step and pass the
+    tensors ``G.unbind(0)`` to the layers. Autograd then stacks the gradients of all layers, and one backward call
+    computes dC and dV. The cores of a layer become column blocks, so a fused qkv projection needs only one call of
+    ``tt_linear``. For a layer that uses the transposed tensor train (the second layer
     of an MLP), pass ``C.transpose(-1, -2)`` and ``U.t()``.
 
     The op computes in the factors' own dtype, also under autocast, because factors are small and rounding them would
@@ -91,7 +92,7 @@ def tt_contract(
         ``G [n_layers, r1, n_cores * d_out]`` in the dtype of ``C``.
 
     Raises:
-        TypeError: an argument is not a tensor, or not a number.
+        TypeError: ``C``, ``V`` or a mask is not a tensor, or ``scale`` is neither a number nor a tensor.
         ValueError: shapes or dtypes do not match.
         RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
@@ -99,11 +100,11 @@ def tt_contract(
     check_tensor("tt_contract", "V", V)
     if C.dim() != 4 or V.dim() != 2 or C.shape[3] != V.shape[0]:
         raise ValueError(
-            f"tt_contract: expected C [n_layers, n_cores, r1, r2] and V [r2, d_out] of one r2, "
+            f"tt_contract: expected C [n_layers, n_cores, r1, r2] and V [r2, d_out] with equal r2, "
             f"got shapes {list(C.shape)} and {list(V.shape)}"
         )
     if C.dtype != V.dtype:
-        raise ValueError(f"tt_contract: C and V must have one dtype, got {C.dtype} and {V.dtype}")
+        raise ValueError(f"tt_contract: C and V must have the same dtype, got {C.dtype} and {V.dtype}")
     for name, keep, shape, symbols in (
         ("keep_C", keep_C, tuple(C.shape), "[n_layers, n_cores, r1, r2]"),
         ("keep_V", keep_V, (C.shape[0], *V.shape), "[n_layers, r2, d_out]"),

@@ -139,8 +139,8 @@ class _TTLinear(torch.autograd.Function):
     """Define the autograd of tt_linear for all backends, with one registered operator per direction.
 
     If the backward pass will itself be differentiated, the reference computes it from saved tensors that are part of
-    the graph. These are the inputs. If ``x`` is not saved because dD is not needed, ``h = x D`` is used instead of
-    ``x``. In this case the function returns ``h`` too, so that autograd knows how ``h`` depends on ``x``.
+    the graph. These are the inputs. If ``x`` is not saved because dD is not needed, the reference uses the saved
+    ``h = x D`` instead. In this case the function returns ``h`` too, so that autograd knows how ``h`` depends on ``x``.
     """
 
     @staticmethod

@@ -153,7 +153,7 @@ def tt_linear_grouped(
         raise RuntimeError(f"tt_linear_grouped: all tensors must be on one device, got {x.device} and {adapter.device}")
     if torch.compiler.is_compiling():  # the values are not known at compile time
         if adapter.device.type == "cpu":
-            torch._assert_async((adapter < D.shape[0]).all(), "tt_linear_grouped: an index beyond the adapters")
+            torch._assert_async((adapter < D.shape[0]).all(), "tt_linear_grouped: an index in adapter is too large")
     elif adapter.device.type == "cpu" and adapter.numel() and int(adapter.max()) >= D.shape[0]:
         raise ValueError(f"tt_linear_grouped: there are {D.shape[0]} adapters, got index {int(adapter.max())}")
     own_bias = isinstance(b, Tensor) and b.dim() == 2

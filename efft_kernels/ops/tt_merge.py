@@ -1,4 +1,4 @@
-"""Define ``tt_merge_``, which adds a low-rank update to a weight for export."""
+"""Define ``tt_merge_``, which adds a low-rank update D G to a weight in place, for export."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tt_merge_(
         backend: the backend to use (see :mod:`efft_kernels.backends`).
 
     Raises:
-        TypeError: an argument is not a tensor, or not a number.
+        TypeError: ``W``, ``D`` or ``G`` is not a tensor, or ``sign`` is not a number.
         ValueError: shapes do not match, or W is an expanded tensor.
         RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
@@ -65,7 +65,7 @@ def tt_merge_(
     check_number("tt_merge_", "sign", sign)
     if any(stride == 0 and size > 1 for size, stride in zip(W.shape, W.stride(), strict=True)):
         raise ValueError(
-            "tt_merge_: entries of W share memory (it is expanded), so it cannot be changed in place; clone it"
+            "tt_merge_: W is an expanded tensor whose entries share memory, so it cannot be changed in place; clone W"
         )
     chosen = resolve("tt_merge_", backend, W, D, G)
     if chosen is Backend.REFERENCE:

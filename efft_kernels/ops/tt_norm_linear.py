@@ -131,7 +131,7 @@ def tt_norm_linear(
         with respect to ``x``, ``gamma``, ``beta``, ``b``, ``D`` and ``G``.
 
     Raises:
-        TypeError: an argument is not a tensor, or not a number.
+        TypeError: an argument is not a tensor, or ``eps`` is not a number.
         ValueError: shapes or dtypes do not match, or ``W`` requires a gradient.
         RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
@@ -143,7 +143,7 @@ def tt_norm_linear(
         if parameter is not None:
             check_shape("tt_norm_linear", name, parameter, (x.shape[-1],), "[d_in]")
     if gamma is not None and beta is not None and gamma.dtype != beta.dtype:
-        raise ValueError(f"tt_norm_linear: gamma and beta must have one dtype, got {gamma.dtype} and {beta.dtype}")
+        raise ValueError(f"tt_norm_linear: gamma and beta must have the same dtype, got {gamma.dtype} and {beta.dtype}")
     check_frozen("tt_norm_linear", W=W)
     chosen = resolve("tt_norm_linear", backend, W, x, gamma, beta, b, D, G, sizes=linear_sizes(x, W, D))
     if chosen is Backend.REFERENCE:

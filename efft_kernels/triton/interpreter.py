@@ -5,8 +5,8 @@ The interpreter runs kernels on the CPU with numpy, which has no bfloat16 type. 
 repairs products and conversions, and raises an error for arithmetic on bfloat16 values. The kernels of this package
 need no such arithmetic, because they compute in fp32.
 
-This module patches private classes of Triton. ``tests/efft_kernels/triton`` shows whether the patches work with the
-installed version of Triton.
+The module also repairs ``range`` over values of the interpreter, which fails with numpy 2.4. It patches private classes
+of Triton. ``tests/efft_kernels/triton`` shows whether the patches work with the installed version of Triton.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def correct_bfloat16() -> None:
-    """Repair bfloat16 in the interpreter of this process. Further calls have no effect."""
+    """Repair bfloat16 and ``range`` in the interpreter of this process. Further calls have no effect."""
     if hasattr(InterpreterBuilder, "efft_bfloat16"):
         return
     dot, cast, binary, unary = (

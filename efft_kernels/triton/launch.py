@@ -40,8 +40,8 @@ class GemmTile:
             read their operands more often.
         capability: the lowest major compute capability on which the registers suffice. From 9 on, tensor cores read
             their operands from shared memory, which saves registers.
-        slopes: the GELUs whose slope the epilogue can compute with the available registers, according to the
-            compiler's resource report.
+        slopes: the GELUs whose slope the epilogue can compute with the available registers, according to
+            ``python -m tests.efft_kernels.triton.resource_report``.
     """
 
     m: int

@@ -14,8 +14,8 @@ reads the producer's input z and writes A = producer(z) and H. In the backward p
 epilogue (the code after the main loop) multiplies Y by the slope of the GELU at z, so the kernel stores dz.
 
 Two kernels compute the product. ``lowrank_gemm_kernel`` addresses its operands by pointers and accepts any strides. It
-also has a grouped form, in which every sample has its own P and T. All rows of one program then belong to one sample,
-and the number of the sample's adapter selects P and T. A number beyond the last adapter results in NaN.
+also has a grouped form, in which every sample has its own P and T. All rows that one program computes then belong
+to one sample, and the number of the sample's adapter selects P and T. If this number is too large, the result is NaN.
 ``lowrank_gemm_tma_kernel`` is for compute capability 9.0 and newer. It moves tiles of A, B and Y through tensor-map
 descriptors (TMA): the copy engine computes addresses and bounds, which saves registers. This kernel is persistent: one
 program per multiprocessor computes one tile after another, so that the loads of the next tile overlap with the epilogue
@@ -45,10 +45,10 @@ from efft_kernels.triton.launch import (
 )
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
-# Rows of A per program of the projection, and number of steps in flight.
+# Number of rows of A per program of the projection kernel, and number of its steps whose loads are in flight.
 PROJECT_M, PROJECT_STAGES = 64, 3
-# Number of row blocks for which programs compute one column block before they begin the next column block. In this
-# order, both operands stay in the L2 cache.
+# Tiles are computed in groups of this many row blocks. Within a group, programs compute one column block for all row
+# blocks before they begin the next column block. In this order, both operands stay in the L2 cache.
 GROUP_M = 8
 
 
@@ -397,8 +397,8 @@ def norm_project(
 def columns_and_warps(producer: str) -> tuple[int, int]:
     """Return BLOCK_K and the number of warps of a projection.
 
-    With a producer, more warps process smaller blocks, because each thread then needs more registers (according to the
-    compiler's resource report).
+    With a producer, more warps process smaller blocks, because each thread then needs more registers (according to
+    ``python -m tests.efft_kernels.triton.resource_report``).
     """
     return (64, 4) if producer == "none" else (32, 8)
 

@@ -1,8 +1,8 @@
-"""Compute the producer of an adapted layer (a GELU or a layer norm) or the slope of a GELU for tiles, in fp32.
+"""Compute a GELU or a layer norm, the slope of a GELU, and the statistics of a layer norm, for tiles and in fp32.
 
-A producer is the operation whose output the layer reads. A kernel that reads an activation through ``produced`` reads
-the input of the producer and computes its output, so that the output need not be stored. ``PRODUCER`` is one of "none",
-"gelu", "gelu_tanh" (torch's ``approximate="tanh"``) and "norm".
+The producer of an adapted layer is the GELU or the layer norm whose output the layer reads. A kernel that reads an
+activation through ``produced`` reads the input of the producer and computes its output, so that the output need not be
+stored. ``PRODUCER`` is one of "none", "gelu", "gelu_tanh" (torch's ``approximate="tanh"``) and "norm".
 
 ``dtype`` is the dtype of the product. In half precision, the exact GELU would take longer than the kernel's memory
 traffic. The upper tail of the normal distribution is therefore approximated by one exponential of a polynomial

@@ -1,10 +1,17 @@
-"""Compute the gradients of the factors and the bias of a layer: dG = hᵀ gy, dD = xᵀ dh and db = Σ gy.
+"""Compute the gradients of the factors D, G and the bias b of a layer: dD = xᵀ dh, dG = hᵀ gy and db = Σ gy.
 
-All three are fp32 sums over the tokens, computed in the same two launches. Every program of the first kernel sums over
-a range of tokens for a block of columns of gy (or of x). It reads each element once for every 64 columns of h (or of
-dh) and keeps its [columns, r] sum in registers, without atomic additions. If db is needed, the programs that compute dG
-also sum gy. The number of ranges is chosen to fill the GPU. A second, small kernel adds the partial sums of all ranges,
-which have a few hundred kilobytes each, in a fixed order. Equal calls therefore return exactly equal results.
+The layer computes y = x Wᵀ + b + h G with h = x D. gy is the gradient of y, and dh = gy Gᵀ is that of h. R is the
+number of columns of h.
+
+All three gradients are fp32 sums over the tokens, computed in the same two launches. The tokens are divided into
+ranges. A program of the first kernel computes one block of dG (or of dD) for one range of tokens: it multiplies a block
+of columns of gy (or of x) by a block of at most 64 columns of h (or of dh), and keeps the sum in registers, without
+atomic additions. If db is needed, the programs that compute dG also sum gy. The number of ranges is chosen to fill the
+GPU. A second, small kernel adds the partial sums of all ranges in a fixed order. Equal calls therefore return exactly
+equal results.
+
+If x is the output of a GELU or a layer norm, the *producer*, the kernel can read the input of the producer instead and
+compute x from it (:mod:`efft_kernels.triton.producers`).
 """
 
 from __future__ import annotations
@@ -19,19 +26,20 @@ from torch import Tensor
 from efft_kernels.triton.launch import ceil_div, device, on_device, precision, rank_block
 from efft_kernels.triton.producers import produced
 
-# Number of tokens per step, and number of steps whose loads are in flight. These loads suffice to use the full memory
-# bandwidth, which limits the speed. Two programs fit on a multiprocessor at the same time, with any producer. If there
-# were more programs, the rest would run afterwards and leave a part of the GPU idle.
+# BLOCK_M is the number of tokens per step, and STAGES is the number of steps whose loads are in flight. These loads
+# suffice to use the full memory bandwidth, which limits the speed. Two programs fit on a multiprocessor at the same
+# time, with any producer. If there were more programs, the rest would run afterwards and leave a part of the GPU idle.
 BLOCK_M, STAGES = 64, 3
 PROGRAMS_A_PROCESSOR = 2
-# Number of elements of dG, dD and db that one program of the second kernel computes.
+# Number of elements of dG, dD and db that one program of the second kernel computes, and its number of warps.
 FINISH_BLOCK, FINISH_WARPS = 512, 4
 
 
 def columns_and_warps(producer: str) -> tuple[int, int]:
-    """Return BLOCK_N and the number of warps.
+    """Return BLOCK_N, the number of columns of gy or x per program, and the number of warps of the first kernel.
 
-    The blocks are smaller with a producer, because the kernel then needs more registers (see the resource report).
+    The blocks are smaller with a producer, because the kernel then needs more registers (according to
+    ``python -m tests.efft_kernels.triton.resource_report``).
     """
     return (128, 4) if producer == "none" else (64, 8)
 
@@ -176,7 +184,8 @@ def reduce_tokens(
     With a ``producer`` (see :mod:`efft_kernels.triton.producers`), ``x`` is the input of the producer.
     ``splits``, the number of ranges of tokens, overrides the automatic choice.
     """
-    h, dh = (None if t is None else t.contiguous() for t in (h, dh))  # no copy if these kernels created them
+    # project and lowrank_gemm return contiguous tensors, which are not copied here.
+    h, dh = (None if t is None else t.contiguous() for t in (h, dh))
     gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
     given = h if h is not None else dh
     assert given is not None

@@ -7,7 +7,7 @@ C[l, c] is core c of layer l, V is the right factor that all layers share, keep_
 and V, and ∘ multiplies element by element.
 
 Factors are small, and rounding them would round the update. All computations are therefore in fp32 without tensor
-cores, for any dtype of the factors. The kernels are fast because there is one launch instead of one per layer. They
+cores, for any dtype of the factors. The kernels are fast because one launch computes all layers. The kernels
 read the dropout masks, one byte per element, and never store masked copies of the factors. Sums run in a fixed order,
 so every run returns exactly the same result.
 """

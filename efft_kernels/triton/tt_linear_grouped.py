@@ -30,5 +30,5 @@ def tt_linear_grouped_fwd(
 
 
 def tt_linear_grouped_bwd(gy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients, see :func:`efft_kernels.eager.grouped_backward`."""
+    """Compute the gradients with :func:`efft_kernels.eager.grouped_backward`."""
     return eager.grouped_backward(tt_linear_grouped_fwd, gy, *rest)

@@ -13,7 +13,7 @@ BLOCK, BLOCK_R, WARPS = 64, 32, 4
 
 @triton.jit
 def merge_kernel(
-    W,  # [d_out, d_in], of any strides
+    W,  # [d_out, d_in]; W, D and G may have any strides
     D,  # [d_in, R]
     G,  # [R, d_out]
     sign,
@@ -48,7 +48,7 @@ def merge_kernel(
 
 
 def tt_merge_(W: Tensor, D: Tensor, G: Tensor, sign: float) -> None:
-    # W [d_out, d_in], D [d_in, r1], G [r1, d_out]
+    # W [d_out, d_in], D [d_in, R], G [R, d_out]
     (d_out, d_in), R = W.shape, D.shape[1]
     if W.numel():
         with on_device(W):

@@ -3,8 +3,8 @@
 In the forward pass, one launch computes the norm, its statistics and h, and a second launch computes y. In the backward
 pass, one launch computes dh, and a second one computes gy W + dh Dᵀ, the gradient of the norm's output. Two more
 compute the sums over tokens (dG, dD and db), for which they compute the norm's output from x again. The backward pass
-of the norm itself, including the gradients of its parameters, uses torch's kernels, because it reduces over entire
-rows, which do not fit the tiles of a product.
+of the norm itself, including the gradients of its parameters, uses torch's kernels, because it sums over entire rows
+of x, and a tile of a product does not contain an entire row.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ The method EFFT is described in arXiv 2311.06749. Using it takes two calls::
 
     efft.apply(model, efft.EfftConfig(rank=32))  # changes the model in place; then train it as usual
     efft.save_adapter(model, "out/")
+
+The configurations in :mod:`efft.methods` select other methods, such as LoRA.
 """
 
 from efft.adapting.inject import (

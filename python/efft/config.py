@@ -213,11 +213,11 @@ def check_rates(rates: Any, where: str) -> None:
             ``where``.
     """
     if not isinstance(rates, Mapping):
-        raise ValueError(f"{where} must be a dict of kinds of parameters to rates, got {quote(rates)}")
+        raise ValueError(f"{where} must be a dict from kinds of parameters to rates, got {quote(rates)}")
     for kind, rate in rates.items():
         if kind not in RATE_KINDS:
             known = ", ".join(RATE_KINDS)
-            raise ValueError(f"{where} must be rates of {known}; there is no kind of parameters {kind!r}")
+            raise ValueError(f"{where} must be rates of {known}; no kind of parameters is called {kind!r}")
         if not is_number(rate) or rate <= 0:
             raise ValueError(f"{where} must be positive multiples of lr, got {quote(rate)} for {kind!r}")
 

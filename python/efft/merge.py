@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from efft.adapting.adapter import SHARING
+from efft.adapting.adapter import SHARING, check_not_aside
 from efft.adapting.inject import adapted_layers, adapter_of
 from efft.adapting.offload import check_present
 from efft.adapting.placing import Update, updates_by_parameter
@@ -76,10 +76,10 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
         raise RuntimeError("the update is switched off by efft.disabled; merge outside its with block")
     for name, factor in adapter.named_parameters("efft"):
         if not torch.isfinite(factor).all():
-            raise ValueError(f"factor {name} has NaN or infinite entries; nothing was merged")
+            raise ValueError(f"factor {name!r} has NaN or infinite entries; nothing was merged")
     for name, layer in layers.items():
         if not torch.isfinite(layer.delta_weight()).all():
-            raise ValueError(f"the update of {name} has NaN or infinite entries; nothing was merged")
+            raise ValueError(f"the update of {name!r} has NaN or infinite entries; nothing was merged")
     _check_plain(layers, dequantize)
     losses = {name: layer.merge(dequantize) for name, layer in layers.items()}
     adapter.enabled = False
@@ -111,6 +111,7 @@ def merged_state_dict(
             other tensors (a parametrization, for example).
     """
     model = unwrap(model)
+    check_not_aside(adapter_of(model), "merged_state_dict")
     check_whole(model, "merged_state_dict")
     check_stored(adapted_layers(model), "merged_state_dict")
     check_present(model, "merged_state_dict")
@@ -135,12 +136,12 @@ def _check_plain(layers: Mapping[str, Update], dequantize: bool) -> None:
     if quantized and not dequantize:
         name, weight = next(iter(quantized.items()))
         raise TypeError(
-            f"{len(quantized)} weights are not plain dense tensors ({name} first, a {type(weight).__name__}) and "
+            f"{len(quantized)} weights are not plain dense tensors ({name!r} first, a {type(weight).__name__}) and "
             "cannot hold an update: pass dequantize=True to get dense weights instead, or do not merge the update"
         )
     for name, weight in quantized.items():
         if not can_dequantize(weight):
             raise TypeError(
-                f"{name} has a {type(weight).__name__} for a weight, which has no method to dequantize it: save the "
+                f"{name!r} has a {type(weight).__name__} for a weight, which has no method to dequantize it: save the "
                 "adapter, load it onto a base that is not quantized, and merge there"
             )

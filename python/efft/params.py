@@ -1,4 +1,4 @@
-"""Count trainable parameters."""
+"""Count and print the trainable parameters of a model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from efft.planning.plan import Plan
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Number of parameters of an adapted model. Printing the object gives a table.
+    """Hold the numbers of parameters of an adapted model. Printing the object gives a table.
 
     Attributes:
         groups: the number of parameters of each group of factors. Shared parameters count once.
         head: the number of parameters that are trained in addition to the factors and ``extras``.
-        backbone: the number of parameters of the base without its head.
-        extras: the number of trained parameters of the backbone (biases and norms).
+        backbone: the number of parameters of the base model without its head. It includes ``extras``.
+        extras: the number of biases and norm parameters of the backbone that are trained.
     """
 
     groups: dict[str, int]

@@ -1,6 +1,7 @@
 """Provide the paper's settings for its architectures.
 
-The ranks are those in the paper's public code. The rank for ViT-B yields the 0.28 % of the paper.
+The ranks are those in the paper's public code. With the rank for ViT-B, the trained parameters are 0.28 % of the model,
+as in the paper.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reduce the ranks of trained factors to the directions that the updates of their layers use."""
+"""Reduce the ranks of trained factors to the number of directions that the updates of their layers use."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class PruneReport:
     Attributes:
         before, ranks: (r1, r2) of each group before and after.
         relative_error: the Frobenius norm of the change of all updates of the group, divided by the norm of these
-            updates (with every column of V). The norm of the change is the root of the sum of the squared singular
-            values that were dropped.
+            updates. The norm of the change is the root of the sum of the squared singular values that were dropped. The
+            updates are computed with all columns of V, even if a weight uses only a part of them.
     """
 
     before: dict[str, Rank]
@@ -56,9 +56,9 @@ def prune(model: nn.Module, keep: float = 0.99) -> PruneReport:
     is reduced, no other basis of the same rank has a smaller error. If both sides are reduced, no other bases of the
     same ranks have an error that is smaller by more than a factor of √2.
 
-    The configuration gets the new ranks, so that the adapter is saved and loaded like any other. U, C and V become new
-    parameters. U and V keep their root mean square, so that the learning rate still fits. **An existing optimizer
-    refers to the old parameters, so create a new one.** Its moments start at zero.
+    The configuration gets the new ranks, so the adapter is saved and loaded like any other. U, C and V become new
+    parameters. U and V keep their root mean square, so the learning rate still fits. **An existing optimizer refers to
+    the old parameters, so create a new one.** The moments of the new optimizer start at zero.
 
     Args:
         model: a model adapted by EFFT that is not merged, not sharded, and not yet wrapped by anything that collects
@@ -128,7 +128,7 @@ class _Cut(NamedTuple):
 
 
 def _cut(name: str, train: TTFactors, keep: float) -> _Cut:
-    """Compute factors of lower rank that keep the share ``keep`` of the squared norm of the train's update."""
+    """Compute factors of lower rank that keep the share ``keep`` of the squared norm of the group's update."""
     U, C, V = (factor.detach().to("cpu", torch.float64) for factor in (train.U, train.C, train.V))
     (QU, RU), (QV, RV) = torch.linalg.qr(U), torch.linalg.qr(V.t())
     each = (RU @ C @ RV.t()).expand(train.n_layers, -1, -1, -1)  # [n_layers, n_cores, r1, r2]

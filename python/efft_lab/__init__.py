@@ -1,4 +1,4 @@
-"""Run experiments with EFFT on vision models. This package also provides the command `efft`.
+"""Run experiments with EFFT, mostly on vision models. This package also provides the command `efft`.
 
 The package contains data sets, backbones, training runs, comparisons of methods, studies and the demo. The libraries
 ``efft`` and ``efft_kernels`` never import this package.

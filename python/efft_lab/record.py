@@ -3,11 +3,12 @@
 A result file is ``benchmarks/results/NAME.jsonl`` and holds one JSON object per line. Every line contains the facts of
 :func:`machine_facts` and the outcome of one measurement. The module that writes a file defines the other fields.
 
-Lines that hold a measured time share a form. The fields of :data:`IDENTITY` that apply identify the measurement, and
-``seconds`` and ``ratio`` hold its :func:`quantiles` (one set of quantiles per phase, if the measurement has several
-phases). ``ratio`` is the time divided by the time of the frozen baseline (the same step of the base model without an
-adapter) in the same repetition. If the measurement was not possible, the line has a ``reason`` instead of ``seconds``
-and ``ratio``.
+The benchmarks of speed (such as ``ops.jsonl`` and ``model.jsonl``) use a common form. Those fields of :data:`IDENTITY`
+that a line contains identify the measurement. ``seconds`` holds the :func:`quantiles` of the measured times. If a
+measurement has several phases, ``seconds`` maps each phase to its quantiles. The frozen baseline is the same step of
+the base model without an adapter. ``ratio`` holds the quantiles of each time divided by the time of the frozen baseline
+in the same repetition. If the measurement was not possible, the line has a ``reason`` instead of ``seconds`` and
+``ratio``.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def commit(here: Path) -> str | None:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Return the summary of ``values`` that result files hold.
+    """Summarize ``values`` for a result file.
 
     The summary maps ``min`` to the minimum, ``p20``, ``p50`` and ``p80`` to the 20 %, 50 % and 80 % quantiles, and
     ``n`` to the number of values.

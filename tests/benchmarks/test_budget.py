@@ -69,7 +69,7 @@ def test_an_update_that_is_missing_does_not_hide_in_y(inputs: Inputs) -> None:
 def test_results_of_another_kind_are_refused(inputs: Inputs) -> None:
     budget, results = Budget(inputs), CHAIN.build(inputs).results()
     without = {name: value for name, value in results.items() if name != "dG"}
-    assert budget.verdict(CHAIN, without) == "returns dD, dx, y instead of dD, dG, dx, y"
+    assert budget.verdict(CHAIN, without) == "the row returns dD, dx, y instead of dD, dG, dx, y"
     assert "dD is torch.float64" in (budget.verdict(CHAIN, results | {"dD": results["dD"].double()}) or "")
     assert "instead of torch.float32 [48, 16]" in (budget.verdict(CHAIN, results | {"dD": results["dD"].t()}) or "")
 

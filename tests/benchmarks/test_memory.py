@@ -1,4 +1,7 @@
-"""Compare the measured bytes that autograd saves with formulas, and the measured peak with a known allocation."""
+"""Compare the measured bytes that autograd saves with formulas, and the measured peak with a known allocation.
+
+Other tests run the command, and check that a row that cannot be measured reports a reason.
+"""
 
 from __future__ import annotations
 

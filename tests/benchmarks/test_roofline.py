@@ -1,4 +1,8 @@
-"""Compare the analytical model with independent results, and check properties that every GPU model must have."""
+"""Test the analytical model of the time that a GPU needs for a training step of a ViT block.
+
+The tests compare the modeled times with the results of an independent script and with measurements. They also check
+properties that every such model must have.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from benchmarks.model_roofline import DESIGNS, Case, Layer, block_times, main, m
 from benchmarks.roofline_gpu import Machine
 
 TOKENS = 64 * 197
-#: The constants that the independent script assumed before there were measurements.
+#: The constants of the GPU in the independent script, which was written before there were measurements.
 ASSUMED = Machine(bandwidth=4.3e12, fixed=2.0, own=0.95)
 
 #: For each design, the time of a ViT-B block divided by that of the frozen baseline (the design "floor"), at ranks 16,

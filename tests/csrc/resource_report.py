@@ -9,7 +9,7 @@ A fault is one of the following:
 - more spilled registers or a larger stack frame than allowed
 - more than 48 KiB of static shared memory
 - a 16-bit product without tensor-core instructions or without asynchronous copies
-- a compiler message that these instructions were serialized
+- a compiler message that tensor-core instructions were serialized
 
 The report does not check speed or results.
 """
@@ -34,8 +34,8 @@ from efft_kernels.build import NVCC_FLAGS, BuildError, Tools, cuda_sources, find
 
 #: The architectures to compile for. The released library contains 80 and 90a, but not 100.
 TARGETS = ("80", "90a", "100")
-#: Limit on the bytes of spills, the bytes of stack and the number of accesses to them. On 100 the compiler spills some
-#: values for occupancy.
+#: For each target, a limit on the bytes of spills, on the bytes of stack, and on the number of accesses to both. For
+#: 100, the compiler spills some values so that more blocks fit on a multiprocessor.
 _PARKED = {"80": 0, "90a": 0, "100": 64}
 #: Maximum bytes of static shared memory per kernel.
 _STATIC_SHARED = 48 * 1024
@@ -63,9 +63,9 @@ class Report:
     Attributes:
         kernel: readable name of the kernel, or the name of the file if it could not be compiled.
         target: the architecture, see ``TARGETS``.
-        registers: number of registers per thread; -1 if unknown, as for the next two.
-        stack: bytes of stack frame per thread.
-        spills: bytes of spill stores and loads per thread.
+        registers: number of registers per thread, or -1 if it is unknown.
+        stack: bytes of stack frame per thread, or -1 if unknown.
+        spills: bytes of spill stores and loads per thread, or -1 if unknown.
         shared_memory: bytes of static shared memory per block.
         dynamic_shared: bytes of dynamic shared memory per block; -1 if unknown, because the compiler does not state it.
         instructions: number of instructions of each kind, and of all instructions ("all").
@@ -146,7 +146,11 @@ def faults(report: Report, said: str) -> list[str]:
 
 
 def inspect_all(tools: Tools, targets: Iterable[str], only: str = "") -> list[Report]:
-    """Inspect all kernels in files whose name contains ``only``, with ``MAX_JOBS`` or else one compiler per core."""
+    """Inspect all kernels in files whose name contains ``only``, and compile them in parallel.
+
+    ``MAX_JOBS`` compilers run at a time or, if this variable is not set, one per core. Files whose name ends in
+    ``_sm90.cu`` are compiled only for the target 90a.
+    """
     assert tools.cutlass is not None
     work = [
         (source, flags, target, tools)
@@ -204,7 +208,7 @@ def find_tool(name: str, tools: Tools) -> str:
     places = [*([Path(root[1]) / "bin"] if root else []), triton]
     found = next((str(place / name) for place in places if (place / name).is_file()), None) or shutil.which(name)
     if found is None:
-        raise BuildError(f"{name} not found: install it with the CUDA toolkit, or the triton package, which has it")
+        raise BuildError(f"{name} not found: install the CUDA toolkit or the triton package; both contain it")
     return found
 
 
@@ -214,7 +218,7 @@ def _run(*command: str, silent: bool = False) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 1 if there is a fault."""
+    """Run the command. The exit code is 1 if there is a fault, or if no kernel was compiled."""
     parser = argparse.ArgumentParser(prog="python -m tests.csrc.resource_report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))

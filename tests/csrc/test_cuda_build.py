@@ -1,4 +1,4 @@
-"""Test that the CUDA library builds, that torch loads it without a GPU, and that the resource report finds faults."""
+"""Test how the CUDA library is built, that torch loads it without a GPU, and that the resource report finds faults."""
 
 import os
 import shutil
@@ -89,7 +89,7 @@ def test_the_sm90_kernel_is_compiled_for_sm90_alone(tmp_path: Path) -> None:
     assert "-gencode=arch=compute_80,code=[sm_80,compute_80]" in flags["project.cu"]
 
 
-# Output of the tools for one kernel, from which the report is tested.
+# The output of nvdisasm (CODE) and of nvcc with ptxas -v (SAID) for one kernel, for tests of the report.
 
 CODE = """
 	.section	.text._Z7projectv,"ax",@progbits

@@ -100,7 +100,7 @@ def test_every_op_on_ragged_sizes(library: Path, order: dict[str, str]) -> None:
     assert int(re.search(r"(\d+) cases, 0 wrong", done.stdout)[1]) > 200
 
 
-@pytest.mark.skipif("EFFT_EMULATED_CUDA" not in os.environ, reason="make check-cuda runs it, with EFFT_EMULATED_CUDA")
+@pytest.mark.skipif("EFFT_EMULATED_CUDA" not in os.environ, reason="only make check-cuda sets EFFT_EMULATED_CUDA")
 def test_the_tests_of_the_ops(request: pytest.FixtureRequest) -> None:
     """The session in which ``make check-cuda`` tests the ops on an emulated library must contain these tests."""
     chosen = [item for item in request.session.items if item.path.is_relative_to(ROOT / "tests/efft_kernels/ops")]

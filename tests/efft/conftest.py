@@ -1,4 +1,4 @@
-"""Provide tiny models, factors with an effect, and a check that a model has not changed, for all tests of efft."""
+"""Provide fixtures for all tests of efft: tiny models, adapted models with random factors, and checks of models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Make = Callable[..., nn.Module]
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Use one thread, because with such small models a second thread only waits (for long on a busy machine)."""
+    """Use one thread: models this small do not run faster with two, and two can be much slower on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,8 +30,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_vit() -> Make:
-    """Return a function that creates a timm ViT of width 16 with 2 blocks for 16-pixel images. All calls are equal."""
-    models = pytest.importorskip("timm", reason="needs the vision extra").models
+    """Return a function that creates a timm ViT (16-pixel images, width 16, 2 blocks), always with the same weights."""
+    models = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'").models
 
     def make(**changes: Any) -> nn.Module:
         sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -45,9 +45,9 @@ def tiny_vit() -> Make:
 def tiny_swin() -> Make:
     """Return a function that creates a timm Swin with 2 blocks in each of 4 stages for 32-pixel images.
 
-    The widths are 8 to 64, and the model has no drop path.
+    The widths are 8 to 64. The model has no drop path, and every call creates equal weights.
     """
-    models = pytest.importorskip("timm", reason="needs the vision extra").models
+    models = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'").models
 
     def make(**changes: Any) -> nn.Module:
         sizes = {"img_size": 32, "patch_size": 2, "window_size": 2, "embed_dim": 8, "depths": (2, 2, 2, 2)}
@@ -66,7 +66,7 @@ def images() -> Tensor:
 
 @pytest.fixture
 def randomize() -> Callable[..., nn.Module]:
-    """Return a function that makes every factor random, so that the update is as large as the frozen product."""
+    """Return a function that makes every factor random. By default, updates and frozen products are of similar size."""
 
     def fill(model: nn.Module, std: float = 0.5, seed: int = 2) -> nn.Module:
         generator = torch.Generator().manual_seed(seed)
@@ -91,7 +91,7 @@ def adapted_vit(tiny_vit: Make, randomize: Callable[..., nn.Module]) -> Make:
 
 @pytest.fixture
 def adapter(tiny_vit: Make, randomize: Make) -> Make:
-    """Return a function that creates an adapted tiny ViT in eval mode; a number determines its factors and head."""
+    """Return a function that creates an adapted tiny ViT in eval mode. ``seed`` determines its factors and head."""
 
     def make(seed: int, config: AdapterConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         model = efft.apply(tiny_vit().to(dtype).eval(), config or efft.EfftConfig(rank=4, scale=0.7))
@@ -107,7 +107,7 @@ def adapter(tiny_vit: Make, randomize: Make) -> Make:
 
 @pytest.fixture
 def pool(tiny_vit: Make) -> efft.AdapterPool:
-    """Return a pool around the plain tiny ViT."""
+    """Return a pool for the tiny ViT. A pool holds several adapters of one model, and this one has no adapter yet."""
     return efft.AdapterPool(tiny_vit().eval())
 
 

@@ -90,7 +90,9 @@ def test_rank_and_scale_by_group_and_kind() -> None:
     config = EfftConfig(rank={"mhsa": 4, "stage2_mhsa": (3, 5), "ffn": [2, 8]}, scale={"mhsa": 2, "ffn": 0.5})
     assert config.rank_of("mhsa", "mhsa") == (4, 4)
     assert config.rank_of("stage1_mhsa", "mhsa") == (4, 4)
-    assert config.rank_of("stage2_mhsa", "mhsa") == (3, 5), "the group's own entry comes first"
+    assert config.rank_of("stage2_mhsa", "mhsa") == (3, 5), (
+        "the entry of the group must take precedence over the entry of its kind"
+    )
     assert config.rank_of("stage4_ffn", "ffn") == (2, 8)
     assert config.scale_of("stage3_mhsa", "mhsa") == 2.0
     assert config.scale_of("stage3_ffn", "ffn") == 0.5

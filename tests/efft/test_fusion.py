@@ -1,4 +1,8 @@
-"""Test efft.fuse: the fused model computes the same with less memory, and fusing can be undone completely."""
+"""Test ``efft.fuse``, which saves memory in training.
+
+Adapted layers of a fused model recompute the outputs of norms and GELUs in the backward pass instead of saving them.
+The results must not change, and fusing can be undone completely.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ def images(model: nn.Module) -> Tensor:
 
 
 def step(model: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
-    """Return the output and gradients of a training step, and the saved bytes in addition to the parameters."""
+    """Return the output and the gradients of a training step, and the bytes of saved tensors without the parameters."""
     kept = {}
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -50,7 +54,9 @@ def test_the_same_in_less_memory() -> None:
     x = images(model)
     before, kept_before = step(model, x)
     names = efft.fuse(model)
-    assert len(names) == 3 * len(model.blocks) + 1, "two norms and a GELU a block, and the last norm"
+    assert len(names) == 3 * len(model.blocks) + 1, (
+        "each block must have two fused norms and one fused GELU, and the last norm must be fused"
+    )
     assert {"blocks.0.norm1", "blocks.0.norm2", "blocks.0.mlp.act"} <= set(names)
     after, kept_after = step(model, x)
     for got, expected in zip(after, before, strict=True):
@@ -60,7 +66,7 @@ def test_the_same_in_less_memory() -> None:
 
 @pytest.mark.parametrize("name", ["test_vit2", "test_vit3", "test_vit4", "swin_tiny_patch4_window7_224"])
 def test_other_blocks(name: str) -> None:
-    """Norms on q and k, layer scales, gates and windows do not feed an adapted layer directly and are not fused."""
+    """Fusion must also be correct in models with norms on q and k, layer scales, gates or windows."""
     model = adapted(name).eval()
     x = images(model)
     with torch.no_grad():
@@ -74,7 +80,7 @@ def test_undone(tmp_path: Any) -> None:
     clean = {name: set(module.__dict__) for name, module in model.named_modules()}
     state = copy.deepcopy(model.state_dict())
     assert efft.fuse(model)
-    assert efft.fuse(model) == [], "done already"
+    assert efft.fuse(model) == [], "a second call must not fuse anything"
     assert list(model.state_dict()) == list(state)
     efft.save_adapter(model, tmp_path)
     efft.unfuse(model)

@@ -1,4 +1,8 @@
-"""Test merging and unmerging: the same function, one rounding, exact restoration, and a correct report."""
+"""Test merging and unmerging.
+
+A merged model computes the same function, every merged weight is rounded only once, unmerging restores the weights
+exactly, and the report states the rounding error.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
+from efft.methods import LoRETTAAdpConfig
 from efft_kernels import EfftLinear
 
 Make = Callable[..., nn.Module]
@@ -60,7 +65,7 @@ def test_merged_weights_are_base_plus_update_rounded_once(
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_merged_model_computes_the_same(config: dict[str, Any], adapted_vit: Make, images: Tensor) -> None:
-    """The difference must be small relative to the effect of the update, so that a missing layer is noticed."""
+    """The difference is compared with the effect of the update. Otherwise, a missing layer would not be noticed."""
     model = adapted_vit(std=0.2, **config)
     unmerged = model(images)
     with efft.disabled(model):
@@ -84,7 +89,7 @@ def test_merging_what_is_switched_off_is_refused(adapted_vit: Make, images: Tens
 
 
 def test_small_update_of_big_weights(tiny_vit: Make, randomize: Make) -> None:
-    """The weights are 10,000 times the update. The merged update is accurate up to the rounding of the weights."""
+    """The update is less than 1/10,000 of the weights. Merging must round the sum only once."""
     model = tiny_vit()
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight.uniform_(-10, 10)
@@ -113,7 +118,9 @@ def test_merging_leaves_dropout_out(adapted_vit: Make, images: Tensor) -> None:
     unmerged = model(images)
     model.train()
     efft.merge(model)
-    assert all(factors.training for factors in model.efft.values()), "the mode comes back"
+    assert all(factors.training for factors in model.efft.values()), (
+        "merge must restore the training mode of the factors"
+    )
     torch.testing.assert_close(model(images), unmerged, rtol=1e-4, atol=1e-4)
 
 
@@ -154,6 +161,49 @@ def test_merge_and_unmerge_are_idempotent(adapted_vit: Make, unchanged: Unchange
         efft.unmerge(model)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_merged_state_is_not_loaded_into_a_model_that_would_add_the_update_again(
+    plain: bool, adapted_vit: Make, tiny_vit: Make, images: Tensor
+) -> None:
+    """``plain``: the state dict has lost its metadata, as in a file of safetensors."""
+    source = adapted_vit().eval()
+    efft.merge(source)
+    expected, state = source(images), source.state_dict()
+    state = dict(state) if plain else state
+    model = efft.apply(tiny_vit().eval(), source.efft.config)
+    with pytest.raises(ValueError, match="is that of a model whose update was merged"):
+        model.load_state_dict(state)
+    source.load_state_dict(state)
+    assert torch.equal(source(images), expected)
+
+
+@pytest.mark.parametrize("config", [efft.EfftConfig(rank=4), LoRETTAAdpConfig(rank=2)], ids=["efft", "adapter"])
+def test_the_state_of_another_base_is_loaded(config: Any, tiny_vit: Make, randomize: Make, images: Tensor) -> None:
+    source = randomize(efft.apply(tiny_vit().eval(), config), 0.3)
+    other = tiny_vit().eval()
+    for parameter in other.parameters():
+        parameter.data.mul_(0.9)
+    efft.apply(other, config)
+    other.load_state_dict(source.state_dict())
+    assert torch.equal(other(images), source(images))
+
+
+def test_a_merged_model_does_not_load_other_weights_or_factors(
+    adapted_vit: Make, images: Tensor, unchanged: Unchanged
+) -> None:
+    model = adapted_vit().eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    factors = {name: 2 * tensor for name, tensor in state.items() if name.startswith("efft.")}
+    before = model(images)
+    efft.merge(model)
+    for other in (state, factors):
+        with unchanged(model), pytest.raises(ValueError, match=r"call efft.unmerge\(model\) before loading"):
+            model.load_state_dict(other, strict=False)
+    efft.unmerge(model)
+    model.load_state_dict(state)
+    assert torch.equal(model(images), before)
+
+
 def test_remove_from_a_merged_model(tiny_vit: Make, randomize: Make, unchanged: Unchanged) -> None:
     model = tiny_vit().eval()
     with unchanged(model):
@@ -189,7 +239,7 @@ def test_report_of_bf16_weights_advises(tiny_vit: Make, randomize: Make) -> None
     model = randomize(efft.apply(tiny_vit().to(torch.bfloat16), efft.EfftConfig(rank=4)), std=0.02)
     report = efft.merge(model)
     name, loss = report.worst
-    assert loss.relative_error > 0.5, "most of a tiny update is lost in bf16"
+    assert loss.relative_error > 0.5, "bf16 weights must lose most of a tiny update"
     assert str(report).endswith(
         f"lost to rounding: {loss.relative_error:.1e} ({name}); the weights are too coarse for this update: merge into "
         f"float32 weights (model.float())"
@@ -215,7 +265,7 @@ def test_nonfinite_factors_change_nothing(factor: str, value: float, adapted_vit
     model = adapted_vit(trainable_scale=True)
     with torch.no_grad():
         model.get_parameter(factor).view(-1)[-1] = value
-    message = f"factor {factor} has NaN or infinite entries; nothing was merged"
+    message = f"factor {factor!r} has NaN or infinite entries; nothing was merged"
     with unchanged(model), pytest.raises(ValueError, match=re.escape(message)):
         efft.merge(model)
 
@@ -249,7 +299,7 @@ def test_merged_state_dict_fits_the_plain_architecture(
         state = efft.merged_state_dict(model)
     assert list(state) == list(tiny_vit().state_dict())
     shared = {t.data_ptr() for t in model.state_dict().values()}
-    assert not shared & {t.data_ptr() for t in state.values()}, "values of their own"
+    assert not shared & {t.data_ptr() for t in state.values()}, "the state dict must not share memory with the model"
     plain = tiny_vit().eval()
     plain.load_state_dict(state)
     torch.testing.assert_close(plain(images), model(images), rtol=1e-4, atol=1e-5)
@@ -259,7 +309,9 @@ def test_merged_state_dict_in_another_dtype(adapted_vit: Make) -> None:
     model = adapted_vit()
     exact, narrow = efft.merged_state_dict(model), efft.merged_state_dict(model, torch.bfloat16)
     assert {t.dtype for t in narrow.values()} == {torch.bfloat16}
-    assert all(torch.equal(narrow[n], t.bfloat16()) for n, t in exact.items()), "one rounding, at the end"
+    assert all(torch.equal(narrow[n], t.bfloat16()) for n, t in exact.items()), (
+        "the sum must be rounded once, at the end"
+    )
 
 
 def test_merged_state_dict_of_a_bf16_base_in_fp32_keeps_the_update(tiny_vit: Make, randomize: Make) -> None:

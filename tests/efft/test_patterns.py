@@ -1,6 +1,7 @@
-"""Test patterns of layer names. ``re`` matches the patterns of users.
+"""Test patterns of layer names.
 
-The patterns in a file are matched in bounded time or rejected.
+Python's ``re`` matches the patterns of users. Patterns in a file are not trusted, because ``re`` may need unlimited
+time for them. They are matched in bounded time or rejected.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def test_examples(pattern: str, name: str, expected: bool | type[Exception]) -> 
     "pattern", ["(?=a)a", "(?P<n>a)", "a{2}", r"\bab*", r"(a)\1", "(?i)a", r"\Aa+", "(" * 500 + "a" + ")" * 500]
 )
 def test_other_expressions_are_refused(pattern: str) -> None:
-    """These patterns are rejected only in files; for users' patterns, only ``re`` decides."""
+    """These patterns are rejected only in files. Users may write every pattern that ``re`` accepts."""
     with pytest.raises(ValueError, match="neither a layer name nor a regular expression"):
         file_matchers([pattern])
 
@@ -98,7 +99,7 @@ def test_other_expressions_are_refused(pattern: str) -> None:
 def test_expressions_that_drag(pattern: str) -> None:
     """In a file, these patterns are rejected at once or matched in bounded time."""
     with within(5), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # about nested sets
+        warnings.simplefilter("ignore", FutureWarning)  # re warns about nested sets
         try:
             (matches,) = file_matchers([pattern])
         except ValueError as error:

@@ -1,4 +1,7 @@
-"""Test pruning: it is exact for factors of lower rank, reports its error, and leaves a working adapted model."""
+"""Test ``efft.prune``, which lowers the ranks of a trained adapter.
+
+Pruning is exact if the effective rank of the factors is lower. It reports its error, and leaves a model that works.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 def updates(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return the updates [out, in] of every group, one per layer."""
+    """Return the updates [out, in] of all layers, by group."""
     found: dict[str, list[Tensor]] = {}
     for layer in adapted_layers(model).values():
         name = next(name for name, bank in model.efft.items() if bank is layer.factors)
@@ -77,9 +80,9 @@ def test_error_is_what_the_dropped_singular_values_say(config: dict[str, Any], k
 
 
 def test_no_basis_of_that_rank_loses_less(adapted_vit: Make) -> None:
-    """If only one side is cut, the dense updates side by side determine the minimum loss."""
+    """If only r1 is lowered, the singular values of all dense updates side by side determine the smallest error."""
     model = adapted_vit(rank=(6, 1), targets=["qkv"], std=0.2).double()
-    beside = torch.cat([u.t() for u in updates(model)["mhsa"]], 1)  # [in, out of all]
+    beside = torch.cat([u.t() for u in updates(model)["mhsa"]], 1)  # [inputs, outputs of all layers]
     values = torch.linalg.svdvals(beside)[:6]
     report = efft.prune(model, keep=0.8)
     r1, r2 = report.ranks["mhsa"]
@@ -128,7 +131,7 @@ def test_nothing_to_prune_changes_no_bit(adapted_vit: Make, unchanged: Unchanged
 
 
 def test_room_for_other_ranks(adapted_vit: Make) -> None:
-    """A pruned model's state fits into the new parameters, which are frozen if the old ones were."""
+    """After ``set_ranks``, a model can load the state of a pruned model, and frozen factors stay frozen."""
     model, other = adapted_vit(rank=6), adapted_vit(rank=6)
     other.efft["ffn"].U.requires_grad_(False)
     set_ranks(other, efft.prune(model, 0.8).ranks)

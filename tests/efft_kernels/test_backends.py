@@ -26,7 +26,7 @@ from efft_kernels.testing import assert_close_budget, make_inputs, poisoned_empt
 ROOT = Path(__file__).parents[2]
 NAMES = "'auto', 'reference', 'eager', 'cpu', 'triton', 'cuda'"
 OPS = ("tt_linear", "tt_contract", "tt_merge_")
-#: The backend that ``auto`` chooses on this machine.
+#: The backend that ``auto`` chooses on this machine for fp32 tensors on the CPU.
 FIRST = next(backend.value for backend in AUTO_ORDER if can_run(backend, torch.ones(1)) is None)
 needs_default = pytest.mark.skipif("EFFT_BACKEND" in os.environ, reason="EFFT_BACKEND changes the default backend")
 
@@ -124,7 +124,7 @@ def test_only_auto_falls_back(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = {Backend.CPU: "it is not built", Backend.EAGER: "its library is missing"}
     monkeypatch.setattr(backends, "can_run", lambda backend, *_: broken.get(Backend.parse(backend)))
     assert call(op, backend="auto") == "reference"
-    message = f"^{op}: backend 'eager' was asked for but cannot run: its library is missing$"
+    message = f"^{op}: backend 'eager' was requested but cannot run: its library is missing$"
     with pytest.raises(RuntimeError, match=message):
         call(op, backend="eager")
     with pytest.raises(RuntimeError, match=message), use_backend("eager"):
@@ -147,17 +147,17 @@ def test_explain() -> None:
     assert explain(eight).splitlines()[1:3] == [f"  eager: eager {reason}", f"  reference: reference {reason}"]
 
 
-@pytest.mark.skipif(can_run("cpu", torch.ones(1)) is not None, reason="the compiled extension is not there")
+@pytest.mark.skipif(can_run("cpu", torch.ones(1)) is not None, reason="the backend cpu cannot run here")
 def test_auto_prefers_the_compiled_extension() -> None:
     assert explain(torch.ones(1)).splitlines()[:2] == ["* cpu: can run", "  eager: can run"]
 
 
 def test_why_the_compiled_extension_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.MISSING, "cpu", "it is not there: build it")
-    with pytest.raises(RuntimeError, match="'cpu' was asked for but cannot run: it is not there: build it"):
+    with pytest.raises(RuntimeError, match="'cpu' was requested but cannot run: it is not there: build it"):
         tt_linear(**make_inputs("tt_linear"), backend="cpu")
     with pytest.raises(
-        RuntimeError, match="'cpu' was asked for but cannot run: cpu runs bfloat16, float32 tensors, got"
+        RuntimeError, match="'cpu' was requested but cannot run: cpu runs bfloat16, float32 tensors, got"
     ):
         tt_linear(**make_inputs("tt_linear", dtype=torch.float16), backend="cpu")
 
@@ -184,7 +184,7 @@ def test_can_run() -> None:
 def test_why_triton_cannot_run(variables: dict[str, bool], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setattr(backends, name, value)
-    with pytest.raises(RuntimeError, match=f"'triton' was asked for but cannot run: {message}"):
+    with pytest.raises(RuntimeError, match=f"'triton' was requested but cannot run: {message}"):
         tt_linear(**make_inputs("tt_linear"), backend="triton")
 
 

@@ -75,13 +75,13 @@ def test_a_setting_that_stops_a_backend_is_in_the_report() -> None:
     command = [sys.executable, "-m", "efft_kernels"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "instruction set: none, because EFFT_CPU_ISA names an unknown one" in done.stdout
+    assert "instruction set: none, because the value of EFFT_CPU_ISA is unknown" in done.stdout
     assert "cpu on cpu         self-test FAILED: RuntimeError: EFFT_CPU_ISA must be one of " in done.stdout
 
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])
 def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
-    """The error is in one gradient of one backend, and as small as a thousandth."""
+    """One gradient of one backend is wrong by only a thousandth, or is NaN."""
     right = torch.ops.efft.tt_linear_bwd.eager
     monkeypatch.setitem(
         sys.modules["efft_kernels.ops.tt_linear"]._BACKWARD,

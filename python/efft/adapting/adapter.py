@@ -1,7 +1,8 @@
-"""Define ``Adapter``, the submodule that an adapted model has in addition to its base, and the hooks of the model.
+"""Define ``Adapter``, the submodule that holds the factors of an adapted model, and the hooks of the model's forward.
 
-A *bank* is a module that owns trained factors, from which it composes the operands of the layers (the tensors by which
-they multiply). A *pass* is one forward pass of the model. The weights that share a bank form a *group*.
+A *bank* is a module that owns trained factors. It composes from them the *operands* of the layers: the tensors by which
+the layers multiply. The weights that share a bank form a *group*. A *pass* is one forward pass of the model. The *base*
+is the model without the adapter.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efft.adapting import buffers, extras
 from efft.adapting.placing import Update, find_update
-from efft.adapting.wrappers import plain_name, unwrap
+from efft.adapting.wrappers import unwrap
 from efft.config import AdapterConfig
 from efft_kernels import FactorBank
 from efft_kernels.nn.parameter import AdaptedParameter
@@ -45,11 +45,14 @@ class Adapter(nn.ModuleDict):
         self.extras: list[str] = []
         self.plan: list[dict[str, Any]] = []
         self._idle_checked = False
-        self._reads_checked: set[bool] = set()  # the modes (training: True) in which dense weights were looked for
+        self._reads_checked: set[bool] = set()  # modes (True: training) that were searched for dense weights
         self._originals: dict[str, Any] = {}
         self._base_buffers: dict[str, Tensor] = {}  # copies of the buffers of the base model
         self._base_extras: dict[str, Tensor] = {}  # copies of the trained biases and norms, from the base model
-        # Modules that stay in eval mode. A plain list does not register them under a second name.
+        self._unknown: set[str] = set()  # the buffers, biases and norms of which these copies are out of date
+        self._aside = False  # whether buffers, biases and norms have the values of the base now (efft.disabled)
+        self._loading: Any = None  # the state dict that the model loads now (efft.adapting.loading.Loading)
+        # Modules that stay in eval mode. They are in a plain list, so they are not registered as submodules again.
         self._still: list[nn.Module] = []
         self._requires_grad: dict[str, bool] = {}
         self._hooks: list[Any] = []
@@ -61,7 +64,8 @@ class Adapter(nn.ModuleDict):
     def train(self, mode: bool = True) -> Adapter:
         """Set the mode, but leave modules with frozen statistics in eval mode.
 
-        The adapter is the model's last child, so this method runs after the mode of those modules was set.
+        The adapter is the model's last child. ``model.train()`` therefore calls this method after it has set the mode
+        of those modules.
         """
         super().train(mode)
         for module in self._still:
@@ -91,6 +95,23 @@ def adapter_of(model: nn.Module) -> Adapter:
             f"path) first"
         )
     return adapter
+
+
+def check_not_aside(adapter: Adapter, operation: str) -> None:
+    """Check that the model has its trained buffers, biases and norms, which ``efft.disabled`` replaces by the base's.
+
+    Args:
+        adapter: the adapter of the model.
+        operation: the operation that needs the trained values, for the error message.
+
+    Raises:
+        RuntimeError: the model has the values of the base.
+    """
+    if adapter._aside:
+        raise RuntimeError(
+            f"{operation}: within the with block of efft.disabled, this model has the buffers, biases and norms of the "
+            "base instead of the trained ones; leave the block first"
+        )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Update]:
@@ -151,7 +172,7 @@ def release(model: nn.Module, args: Any, output: Any) -> None:
         warnings.warn(
             f"{len(names)} of {len(adapter.layers)} adapted layers did not run in this pass, {names[0]!r} first, and "
             "neither did the corresponding layers of other blocks. This is expected if this input does not use them "
-            "(for example, text without images). If no input uses them, exclude them",
+            "(for example, text without images). If no input uses them, exclude them (exclude=[...])",
             stacklevel=2,
         )
 
@@ -161,7 +182,7 @@ SILENT_DENSE = 0.01
 
 
 def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
-    """Warn about weights that modules read directly, so that every pass builds dense weights for them.
+    """Warn about adapted weights that modules read directly. Every pass builds dense weights for them.
 
     Warn only once, and only if these weights are more than the fraction :data:`SILENT_DENSE` of all adapted weights.
     """
@@ -174,8 +195,8 @@ def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
     readers = {type(u.module).__name__ if isinstance(u, AdaptedParameter) else u.reader for u in dense.values()}
     known = ", ".join(sorted(reader for reader in readers if reader)) or "the modules around them"
     warnings.warn(
-        f"{len(dense)} of {len(layers)} adapted weights, {next(iter(dense))!r} first, are read by {known}, where no "
-        "call can be intercepted: every pass builds dense weights that include the update, "
+        f"{len(dense)} of {len(layers)} adapted weights, {next(iter(dense))!r} first, are read directly by {known}, "
+        "and such reads cannot be intercepted: every pass builds dense weights that include the update, "
         f"{size / 2**20:.3g} MiB in all. The result is correct; to save the time and memory, exclude these weights, or "
         "merge the update for inference",
         stacklevel=2,
@@ -185,28 +206,11 @@ def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
 def _never_run(layers: Mapping[str, Update], idle: list[Any]) -> list[str]:
     """Return the idle layers whose counterparts in all other blocks were idle too.
 
-    If a module does not call a layer, this is the case in every block. If blocks are skipped at random (LayerDrop), the
-    same layer still runs in some other block.
+    A layer that the model never calls is idle in every block. If blocks are skipped at random (LayerDrop), the
+    counterpart of an idle layer usually runs in another block.
     """
     ran: dict[str, bool] = {}
     for name, layer in layers.items():
         place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")
         ran[place] = ran.get(place, False) or layer.binding not in idle or not layer.enabled or layer.merged
     return [name for name in layers if not ran[re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")]]
-
-
-def base_loaded(model: nn.Module, incompatible: Any) -> None:
-    """Record loaded buffers, biases and norms as values of the base model if the checkpoint contains no factors."""
-    adapter = getattr(model, "efft", None)
-    missing = [plain_name(name) for name in incompatible.missing_keys]
-    if not isinstance(adapter, Adapter) or not all(_among(f"efft.{name}", missing) for name in adapter.state_dict()):
-        return
-    loaded = buffers.snapshot(model, adapter.head)
-    adapter._base_buffers.update({name: value for name, value in loaded.items() if not _among(name, missing)})
-    trained = extras.snapshot(model, adapter.extras)
-    adapter._base_extras.update({name: value for name, value in trained.items() if not _among(name, missing)})
-
-
-def _among(name: str, names: list[str]) -> bool:
-    """Return whether ``names`` contains ``name``, possibly with a prefix (if this model is a part of a larger one)."""
-    return any(other == name or other.endswith(f".{name}") for other in names)

@@ -1,4 +1,7 @@
-"""Copy, compare and restore the buffers that training changes, such as the running statistics of batch norms."""
+"""Copy, compare and restore the buffers that training changes, such as the running statistics of batch norms.
+
+:func:`statistics` finds the modules that update such buffers.
+"""
 
 from __future__ import annotations
 
@@ -66,10 +69,10 @@ def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) 
 
 
 @contextmanager
-def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[None]:
+def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[bool]:
     """Replace the buffers that differ from ``base`` by copies of ``base`` within the ``with`` block.
 
-    Changes to these copies are lost.
+    Changes to these copies are lost. The value of the ``with`` statement tells whether a buffer was replaced.
     """
     trained = []
     for name, module, key in list(_changed(model, head, base)):
@@ -79,14 +82,16 @@ def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]
             trained.append((module, key, buffer))
             module._buffers[key] = base[name].to(buffer, copy=True)
     try:
-        yield
+        yield bool(trained)
     finally:
         for module, key, buffer in trained:
             module._buffers[key] = buffer
 
 
 def check_none(adapter: str, changed: Collection[str]) -> None:
-    """Check that the training of an adapter has not changed buffers, because the adapter will share its base model.
+    """Check that the training of an adapter has not changed buffers of the base model.
+
+    The adapter will share its base model, and therefore the buffers, with other adapters.
 
     Args:
         adapter: the name of the adapter.
@@ -97,14 +102,17 @@ def check_none(adapter: str, changed: Collection[str]) -> None:
     """
     if changed:
         raise ValueError(
-            f"adapter {adapter!r} comes with buffers that its training changed ({len(changed)}, {min(changed)} first): "
-            "all adapters of a pool use the base's buffers (such as the statistics of batch norms); train with "
+            f"adapter {adapter!r} comes with buffers that its training changed ({len(changed)}, {min(changed)!r} first)"
+            ": all adapters of a pool use the base's buffers (such as the statistics of batch norms); train with "
             "freeze_statistics=True, or load this adapter with efft.load_adapter into a separate model"
         )
 
 
 def statistics(model: nn.Module, head: Iterable[str]) -> list[nn.Module]:
-    """Return batch norms and modules without children that have floating-point buffers, which training may update."""
+    """Return the modules whose floating-point buffers training may update.
+
+    These are batch norms and modules without children.
+    """
     found = {
         id(module): module
         for _, module, key in _places(model, head)

@@ -8,11 +8,13 @@ kinds of modules:
   GraniteMoE, DeepSeek, GPT-OSS and about sixty more. Attributes of the experts (``has_gate``, ``is_transposed``, ...)
   describe their computation, so a single implementation, :class:`DispatchedExperts`, suffices for all of them. It adds
   the update to each product. While an update is active, it runs instead of the implementation that transformers chose.
-- Modules that compute one product of a mixture (``ParallelExperts``, called with rows that are sorted by expert and the
-  number of rows of each expert). Examples are JetMoE, and GraniteMoE before transformers 5.
-- Other modules that have the same parameters and their own forward. They read the effective weights of all experts,
-  which include the update. If they multiply batches of rows by all matrices at once (Llama 4), low-rank products add
-  the update. Otherwise (Step 3) every forward pass builds dense weights, which costs time and memory.
+- Modules that compute one product of a mixture (:class:`ParallelExperts`). The arguments of their forward are the
+  input, whose rows are sorted by expert, and the number of rows for each expert. Examples are JetMoE, and GraniteMoE
+  before transformers 5.
+- Other modules that have the same parameters and their own forward. When they read a parameter, they get the effective
+  weights of all experts, which include the update. If they multiply by all matrices in one batched product (Llama 4),
+  low-rank products add the update. Otherwise (Step 3) every forward pass builds dense weights, which costs time and
+  memory.
 """
 
 from __future__ import annotations
@@ -68,8 +70,8 @@ class Experts:
     Attributes:
         n_experts: the number of experts.
         parameters: the parameters that can be adapted.
-        kind: the class that becomes a base of the module's class when it is adapted; None if the module reads effective
-            weights.
+        kind: the class that becomes a base class of the module's class when the module is adapted; None if the module
+            reads effective weights.
     """
 
     n_experts: int
@@ -88,12 +90,13 @@ def experts_of(module: nn.Module) -> Experts | None:
 
 
 def intercept(module: nn.Module) -> bool:
-    """Prepare experts so that they run a forward with their updates after ``adapt`` has adapted them.
+    """Register a forward that adds the updates of the experts in ``module``.
 
-    ``adapt`` is :func:`efft_kernels.nn.adapt.adapt`.
+    The module uses this forward once :func:`efft_kernels.nn.adapt.adapt` has adapted it.
 
     Returns:
-        Whether the forward of this module can be replaced. If not, the module will read effective weights.
+        Whether the forward of this module can be replaced. If not, the module will read effective weights, which
+        include the updates.
 
     Raises:
         TypeError: a forward was set on the module itself.
@@ -166,7 +169,7 @@ class DispatchedExperts(AdaptedExperts):
     post_expert_norm: Callable[[Tensor], Tensor]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
-        """Map ``[tokens, d]`` to ``[tokens, d]``, given the chosen experts and their weights ``[tokens, k]``."""
+        """Map ``[tokens, d]`` to ``[tokens, d]``, given the chosen experts and their weights, both ``[tokens, k]``."""
         live = self.live_updates()
         if not live:
             return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
@@ -202,7 +205,10 @@ class ParallelExperts(AdaptedExperts):
 
 
 def _empty(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    """Create an empty module for unpickling. In another process, no experts may have been adapted before."""
+    """Create an empty module for unpickling.
+
+    The process may not have adapted such experts yet. The class of their adapted forward is therefore registered first.
+    """
     runs_for(base.forward)(DispatchedExperts if _is_dispatched(base) else ParallelExperts)
     return parameters._empty(base, names)
 
@@ -222,7 +228,7 @@ def _gated(module: nn.Module) -> Experts | None:
     ways = [transposed for transposed in (False, True) if _fit(up, down, blocks, transposed)]
     promised = all(hasattr(module, name) for name in ("num_experts", "has_gate", "has_bias", "config"))
     if promised and getattr(module, "is_transposed", None) in ways:
-        ways = [bool(module.is_transposed)]  # the sizes alone do not determine the layout of square matrices
+        ways = [bool(module.is_transposed)]  # for square matrices, the sizes alone do not determine the layout
     if len(ways) != 1:
         return None
     (transposed,) = ways

@@ -1,4 +1,7 @@
-"""Copy and restore the values that trained biases and norms have in the base model."""
+"""Copy and restore the values that trained biases and norms have in the base model.
+
+*Extras* are the biases and the parameters of normalization layers that are trained in addition to the factors.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def check_known(model: nn.Module, base: Mapping[str, Tensor]) -> None:
     unknown = [name for name, value in base.items() if value.is_meta and not parameters[name].is_meta]
     if unknown:
         raise ValueError(
-            f"the base's values of {unknown[0]} are not known, because the model was on the meta device in "
+            f"the base's values of {unknown[0]!r} are not known, because the model was on the meta device in "
             "efft.apply: load the base with load_state_dict, or adapt the model after it has its weights"
         )
 
@@ -59,6 +62,9 @@ def as_in_base(model: nn.Module, base: Mapping[str, Tensor]) -> Iterator[None]:
     The model gets other parameter objects for that time, so that autograd graphs that already exist are not affected.
     If the model is sharded by ``fully_shard``, which keeps track of the parameter objects, the values are copied into
     the existing parameters instead, and the trained values are copied back after the block.
+
+    Raises:
+        ValueError: DeepSpeed's ZeRO-3 manages the parameters, or a base value is not known (:func:`check_known`).
     """
     if base:
         check_not_zeros(model, "disabled")
@@ -94,7 +100,7 @@ def _copy(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) 
 
 
 def _places(model: nn.Module, names: Iterable[str]) -> dict[str, list[Place]]:
-    """Return the places (module, name) of each parameter. A parameter that modules share has several places."""
+    """Return the places (module, name) of each parameter. A parameter that several modules share has several places."""
     wanted = dict.fromkeys(names)
     if not wanted:
         return {}

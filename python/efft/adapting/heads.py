@@ -21,13 +21,14 @@ _USUAL = (
 
 
 def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
-    """Return the names of the modules of the head: the given names, or else those of the modules that a search finds.
+    """Return the names of the modules of the head: ``config_head``, or the modules that a search finds if it is None.
 
     For a task model of transformers, the head consists of all modules outside of the base model that its class
     declares. The output embeddings of a language model are pretrained, so they do not belong to a head. For a model of
-    timm, the head is the classifier that the model declares. For any other model, it is a child with a usual name of a
-    head, or all children except the one called ``backbone``, or the head of a model of timm or transformers inside. The
-    list is empty if no module that contains a matrix is found.
+    timm, the head is the classifier that the model declares. For any other model, the head consists of the children
+    that have a usual name of a head. If there are none and the model has a child ``backbone``, it consists of all other
+    children. If neither is the case, it is the head of a model of timm or transformers inside ``model``. The list is
+    empty if no module that contains a matrix is found.
 
     Raises:
         ValueError: a given name is not a module of the model.

@@ -1,4 +1,4 @@
-"""Adapt a model in place, restore it, and disable its update."""
+"""Adapt a model in place, restore it, and disable its update. Freeze a model without an adapter for a linear probe."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from efft.adapting import buffers, extras
 from efft.adapting.adapter import Adapter as Adapter
 from efft.adapting.adapter import adapted_layers as adapted_layers
 from efft.adapting.adapter import adapter_of as adapter_of
-from efft.adapting.adapter import base_loaded, prepare, release
+from efft.adapting.adapter import check_not_aside, prepare, release
 from efft.adapting.adapter import named_factors as named_factors
 from efft.adapting.heads import find_head, is_language_model
+from efft.adapting.loading import check_base_known, hooks_for
 from efft.adapting.offload import Aside, device_of, follow, hooks_aside
 from efft.adapting.placing import place
 from efft.adapting.sharding import check_whole
@@ -66,6 +67,7 @@ def apply(model: nn.Module, config: AdapterConfig | None = None) -> nn.Module:
     with hooks_aside(model):
         plan = make_plan(model, config, share_tied=True)
     warn_of_untouched(model, plan, config)
+    _warn_of_tied_head(model, plan.head)
     if config.head is None and not plan.head and not is_language_model(model):
         warnings.warn(
             f"found no head in this {type(model).__name__}, so nothing but the factors is trained: name the "
@@ -112,7 +114,7 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
     adapter._hooks = [
         model.register_forward_pre_hook(prepare),
         model.register_forward_hook(release, always_call=True),
-        model.register_load_state_dict_post_hook(base_loaded),
+        *hooks_for(model),
     ]
 
 
@@ -148,19 +150,22 @@ def remove(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is not adapted or is sharded, a ``forward`` was set on an adapted layer itself, an adapted
-            layer computes its weight from other tensors, or the base's values of trained biases are not known (because
-            the model was on the meta device when it was adapted).
+            layer computes its weight from other tensors, or the base's values of trained biases, norms or buffers are
+            not known (because the model was on the meta device when it was adapted, or has loaded the state dict of a
+            model with another base).
+        RuntimeError: the model is within a block of :func:`disabled` that has replaced biases, norms or buffers.
     """
     adapter = adapter_of(model)
+    check_not_aside(adapter, "remove")
     check_whole(model, "remove")
     check_stored(adapted_layers(model), "remove")
-    extras.check_known(model, adapter._base_extras)
+    check_base_known(model, adapter)
     with hooks_aside(model) as aside:
         put_in = {n: u for n, u in adapted_layers(model).items() if isinstance(u, AdaptedLayer)}
         changed = [name for name, layer in put_in.items() if "forward" in layer.__dict__]
         if changed:
             raise ValueError(
-                f"a forward was set on {', '.join(changed)} after efft.apply; undo that before efft.remove"
+                f"a forward was set on {', '.join(map(repr, changed))} after efft.apply; undo that before efft.remove"
             )
         originals: dict[nn.Module, nn.Module] = {layer: adapter._originals[name] for name, layer in put_in.items()}
         restore(model, originals)
@@ -184,26 +189,30 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Compute without the update within the ``with`` block, exactly as the base model does, but with the trained head.
 
     Within the block, a merged update is removed from the weights, and the buffers, biases and norms that training
-    changed have the values of the base model. ``model`` may be wrapped by DDP or a similar wrapper.
+    changed have the values of the base model. If there are such values, operations that need the trained values, such
+    as saving, raise RuntimeError within the block. ``model`` may be wrapped by DDP or a similar wrapper.
 
     Raises:
-        ValueError: the model is not adapted; or biases or norms are trained, and either DeepSpeed's ZeRO-3 manages them
-            or their values in the base are not known.
+        ValueError: the model is not adapted; biases or norms are trained, and DeepSpeed's ZeRO-3 manages them; or the
+            base's values of biases, norms or buffers are not known (see :func:`remove`).
     """
     wrapper, model = model, unwrap(model)
     adapter = adapter_of(model)
+    check_base_known(model, adapter)
     merged = [update for update in adapted_layers(model).values() if update.merged]
     for update in merged:
         update.unmerge()
-    before = adapter.enabled
+    before, aside = adapter.enabled, adapter._aside
     _enable(model, adapter, False)
     try:
         with (
-            buffers.as_in_base(model, adapter.head, adapter._base_buffers),
+            buffers.as_in_base(model, adapter.head, adapter._base_buffers) as replaced,
             extras.as_in_base(model, adapter._base_extras),
         ):
+            adapter._aside = aside or replaced or bool(adapter.extras)
             yield wrapper
     finally:
+        adapter._aside = aside
         if getattr(model, "efft", None) is adapter:  # the adapter was not removed in the block
             _enable(model, adapter, before)
             for update in merged:
@@ -214,10 +223,11 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def freeze_backbone(model: nn.Module, head: list[str] | None = None) -> list[str]:
     """Freeze everything except the head, for a linear probe, and return the names of the head's modules.
 
-    The head consists of the modules with the given names or, without names, of the classifier.
+    The head consists of the modules with the names ``head``. If ``head`` is None, the library finds it
+    (:func:`efft.adapting.heads.find_head`).
 
     Raises:
-        ValueError: the model has no head to train.
+        ValueError: the model has no head, or the weights of the head are offloaded or quantized.
     """
     names = find_head(model, head)
     with hooks_aside(model) as aside:
@@ -234,7 +244,7 @@ def check_plain(model: nn.Module) -> None:
     """Check that ``model`` can be adapted.
 
     Raises:
-        ValueError: the model is already adapted, or has its own attribute ``efft``.
+        ValueError: the model or a module inside it is already adapted, or the model has its own attribute ``efft``.
     """
     if isinstance(getattr(model, "efft", None), Adapter):
         raise ValueError("this model is adapted already; call efft.remove(model) first to adapt it differently")
@@ -262,11 +272,30 @@ def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
                 )
 
 
+def _warn_of_tied_head(model: nn.Module, head: list[str]) -> None:
+    """Warn if the head owns a parameter that a module outside the head owns too."""
+    inside = {id(module) for name in head for module in model.get_submodule(name).modules()}
+    of_head: dict[int, str] = {}
+    others: dict[int, str] = {}
+    for prefix, module in model.named_modules() if head else ():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                (of_head if id(module) in inside else others).setdefault(id(parameter), f"{prefix}.{name}".lstrip("."))
+    tied = next((key for key in of_head if key in others), None)
+    if tied is not None:
+        warnings.warn(
+            f"{of_head[tied]} of the head and {others[tied]} are one parameter, so training the head changes the "
+            "backbone too, and neither efft.remove nor efft.disabled restores this parameter: give the head its own "
+            "(layer.weight = nn.Parameter(layer.weight.detach().clone())), or leave it out of the head (head=[])",
+            stacklevel=3,
+        )
+
+
 def _check_present(model: nn.Module, names: Iterable[str], aside: Aside) -> None:
     for name, parameter in extras.parameters_of(model, names).items():
         if parameter.is_meta and model.get_submodule(name.rpartition(".")[0]) in aside:
             raise ValueError(
-                f"{name} is to be trained (bias, norms), but its module is offloaded: keep it on the device (with "
+                f"{name!r} is to be trained (bias, norms), but its module is offloaded: keep it on the device (with "
                 "device_map), or use bias='none' and norms=False"
             )
 

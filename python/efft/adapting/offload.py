@@ -1,4 +1,8 @@
-"""Support models whose weights accelerate loads from memory or disk when a layer runs, or distributes over devices."""
+"""Support models that the library accelerate manages.
+
+accelerate sets hooks on the modules. The hooks load offloaded weights from memory or disk when a layer runs, or they
+distribute the layers over several devices.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,8 @@ def follow(aside: Aside, replaced: Mapping[nn.Module, nn.Module]) -> None:
 class _PastUpdates:
     """Make a hook of accelerate move the stored weights of an adapted module instead of its effective weights.
 
-    This class is a mixin for the class of the hook.
+    Reading a parameter of such a module returns the effective weight, which includes the update. The updates are
+    therefore switched off while the hook moves the weights. This class is a mixin for the class of the hook.
     """
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +98,7 @@ def _switched_off(module: nn.Module) -> Iterator[None]:
 
 
 def device_of(aside: Aside, owners: Mapping[str, tuple[nn.Module, str]]) -> torch.device:
-    """Return the device of the layers whose weights share factors: the device on which they compute.
+    """Return the device on which the layers whose weights share factors compute.
 
     Args:
         aside: the value that :func:`hooks_aside` yields.
@@ -113,7 +118,7 @@ def device_of(aside: Aside, owners: Mapping[str, tuple[nn.Module, str]]) -> torc
     other = next((name for name in devices if devices[name] != device), None)
     if other is not None:
         raise ValueError(
-            f"expected the layers that share factors on one device, got {first} on {device} and {other} on "
+            f"expected the layers that share factors on one device, got {first!r} on {device} and {other!r} on "
             f"{devices[other]}: load the model onto one device (device_map={{'': 0}}), if necessary with offloading"
         )
     return device
@@ -142,6 +147,6 @@ def check_present(model: nn.Module, operation: str) -> None:
     ]
     if away:
         raise ValueError(
-            f"efft.{operation}: the weights of {len(away)} layers ({away[0]} first) are offloaded, to memory or disk: "
+            f"efft.{operation}: the weights of {len(away)} layers ({away[0]!r} first) are offloaded to memory or disk: "
             f"save the adapter, load it onto a base without offloading, and call efft.{operation} there"
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from efft.adapting import extras
-from efft.adapting.adapter import Adapter
+from efft.adapting.adapter import Adapter, adapter_of, check_not_aside
 from efft.adapting.wrappers import unwrap
 from efft.config import check_rates
 from efft.planning.extras import is_name_of_bias, is_norm
@@ -26,28 +27,30 @@ def parameter_groups(
     """Return parameter groups for an optimizer, one per kind of trained parameters.
 
     The kinds are ``factors``, ``head``, ``scales``, ``diagonals`` (of ``layer_scale``), ``biases`` and ``norms``. The
-    group ``head`` also contains all trained parameters that belong to no other kind. If ``rates`` sets different rates
-    for the factors named C of EFFT (``cores``) and for all other factors (``sides``), these two kinds replace
-    ``factors``.
+    group ``head`` also contains all trained parameters that belong to no other kind. Factors with
+    the name C are ``cores``, and all other factors are ``sides``. If ``rates`` or the adapter's configuration sets
+    different rates for these two kinds, they replace ``factors``.
 
     As in the paper's recipe, weight decay acts only on factors and head. For a model without factors (a linear probe),
     all trained parameters are in ``head``, and a UserWarning is issued if nothing in the model is frozen. Empty groups
-    are left out. ``model`` may be wrapped by DDP or a similar wrapper.
+    are left out. A UserWarning is issued if the parameters of a kind are stored in so few bits that most of their
+    entries would not change by a step of the size of the learning rate.
 
     Args:
-        model: a model that :func:`apply`, or peft with an ``EfftPeftConfig``, has adapted.
+        model: a model that :func:`apply`, or peft with an ``EfftPeftConfig``, has adapted. It may also be a module that
+            contains such models, such as the wrapper of DDP, a moving average or a ``LightningModule``.
         lr: the learning rate of every kind for which no other rate is set.
         weight_decay: the weight decay of factors and head.
         head_lr, scale_lr: the learning rates of head and scales. By default, ``head_lr`` is ``lr`` and ``scale_lr`` is
-            10 times ``lr``. One step of Adam changes a scale by about the share ``scale_lr`` of its value. With
-            ``lr=1e-3``, a scale can therefore double in 70 steps.
+            10 times ``lr``. One step of Adam changes a scale by about the fraction ``scale_lr`` of its value. With
+            ``lr=1e-3``, this is 1 %, so a scale can double in 70 steps.
         rates: maps kinds to learning rates as multiples of ``lr``, such as ``{"cores": 3, "biases": 3}``. The kinds are
             ``sides``, ``cores``, ``diagonals``, ``biases``, ``norms``, ``head`` and ``scales``. Kinds that are missing
             have the rates of the adapter's configuration (:attr:`EfftConfig.rates`).
 
     Raises:
         ValueError: a rate is not a positive number, a kind is unknown, ``rates`` and ``head_lr`` or ``scale_lr`` set
-            the same rate, or the active adapters of peft have different rates.
+            the same rate, or the active adapters of peft, or the models inside ``model``, have different rates.
     """
     _check_rates(rates or {}, head_lr, scale_lr)
     model = unwrap(model)
@@ -61,10 +64,10 @@ def parameter_groups(
     own = _by_kind(model, adapted) if adapted is not None else {}
     # The arguments rates, head_lr and scale_lr override the rates of the configuration.
     rates = {**(adapted.rates if adapted is not None else {}), **(rates or {})}
-    known = {id(p) for parameters in own.values() for p in parameters}  # names in a compiled model start with _orig_mod
+    known = {id(p) for parameters in own.values() for p in parameters}  # not by name: a compiled model adds _orig_mod
     own["head"] = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     if rates.get("sides", 1.0) == rates.get("cores", 1.0):
-        # One group in the order of the model, as in the optimizers' checkpoints of models without such rates.
+        # One group in the order of the model. Optimizer checkpoints of models without such rates have the same order.
         rates["factors"] = rates.get("sides", 1.0)
         together = {id(p) for kind in ("sides", "cores") for p in own.pop(kind, ())}
         own["factors"] = [p for p in model.parameters() if id(p) in together]
@@ -80,7 +83,56 @@ def parameter_groups(
                 "weight_decay": weight_decay if kind in ("factors", "sides", "cores", "head") else 0.0,
             }
         )
+    _warn_of_lost_steps(groups)
     return [group for group in groups if group["params"]]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Multiply learning rates of an optimizer by the rates of the adapter's configuration.
+
+    A group of the optimizer is split if its parameters have different rates. Call this function before a scheduler
+    reads the groups. Do nothing if ``model`` is not adapted, or if its configuration has no rates.
+
+    Raises:
+        ValueError: the models inside ``model``, or the active adapters of peft, have different rates.
+    """
+    adapted = _adapted(unwrap(model))
+    if adapted is None or not adapted.rates:
+        return
+    rates = {id(p): adapted.rates.get(kind, 1.0) for kind, ps in _by_kind(model, adapted).items() for p in ps}
+    for group in list(optimizer.param_groups):
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_rate.setdefault(rates.get(id(parameter), adapted.rates.get("head", 1.0)), []).append(parameter)
+        parts = [{**group, "params": params, "lr": group["lr"] * rate} for rate, params in by_rate.items()]
+        for i, part in enumerate(parts):
+            if i == 0:
+                group.update(part)
+            else:
+                optimizer.add_param_group(part)
+
+
+@torch.no_grad()
+def _warn_of_lost_steps(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Warn about groups in which rounding would undo a step of the size of the learning rate in most of the entries."""
+    for group in groups:
+        narrow = [p for p in group["params"] if group["lr"] and _is_narrow(p)]
+        entries = sum(p.numel() for p in group["params"])
+        lost = sum(int(((p + group["lr"] == p) & (p - group["lr"] == p)).sum()) for p in narrow)
+        if 2 * lost > entries:
+            kinds = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in narrow}))
+            warnings.warn(
+                f"a step of the learning rate {group['lr']:g} would not change {lost:,} of the {entries:,} entries of "
+                f"the {group['name']}, because {kinds} rounds it away: keep the parameters in float32 (model.float(), "
+                "with autocast for speed), or raise their learning rate",
+                stacklevel=3,
+            )
+
+
+def _is_narrow(parameter: nn.Parameter) -> bool:
+    """Return whether the values of a parameter are present and have a floating-point format of 16 bits."""
+    sharded = hasattr(parameter, "full_tensor") or parameter.numel() == 0  # ZeRO-3 leaves empty tensors
+    return parameter.dtype in (torch.float16, torch.bfloat16) and not parameter.is_meta and not sharded
 
 
 def _check_rates(rates: Mapping[str, float], head_lr: float | None, scale_lr: float | None) -> None:
@@ -88,7 +140,7 @@ def _check_rates(rates: Mapping[str, float], head_lr: float | None, scale_lr: fl
     for kind, lr in (("head", head_lr), ("scales", scale_lr)):
         if kind in rates and lr is not None:
             name = {"head": "head_lr", "scales": "scale_lr"}[kind]
-            raise ValueError(f"{name} and rates[{kind!r}] both set the rate of the {kind}: give one of them")
+            raise ValueError(f"{name} and rates[{kind!r}] both set the rate of the {kind}: pass only one of them")
 
 
 class _Adapted(NamedTuple):
@@ -106,24 +158,43 @@ class _Adapted(NamedTuple):
 
 
 def _adapted(model: nn.Module) -> _Adapted | None:
-    """Return the trained parts of a model, or None if the model is not adapted."""
-    adapter = getattr(model, "efft", None)
-    if isinstance(adapter, Adapter):
-        trained = list(extras.parameters_of(model, adapter.extras).values())
-        return _Adapted(dict(adapter.named_parameters()), trained, getattr(adapter.config, "rates", {}))
-    tuner: Any = next((module for module in model.modules() if "efft_banks" in module._modules), None)
-    return None if tuner is None else _adapted_by_peft(model, tuner)
+    """Return the trained parts of a model and of the models inside it, or None if none of them is adapted.
+
+    Raises:
+        ValueError: the models have different rates.
+    """
+    inside = {name: m for name, m in model.named_modules() if isinstance(m._modules.get("efft"), Adapter)}
+    if not inside:
+        tuner: Any = next((module for module in model.modules() if "efft_banks" in module._modules), None)
+        return None if tuner is None else _adapted_by_peft(model, tuner)
+    factors: dict[str, nn.Parameter] = {}
+    trained: dict[int, nn.Parameter] = {}
+    rates: list[Mapping[str, float]] = []
+    for prefix, module in inside.items():
+        adapter = adapter_of(module)
+        check_not_aside(adapter, "parameter_groups")
+        factors |= {f"{prefix}.{name}".lstrip("."): p for name, p in adapter.named_parameters()}
+        trained |= {id(p): p for p in extras.parameters_of(module, adapter.extras).values()}
+        rates.append(getattr(adapter.config, "rates", {}))
+    if any(other != rates[0] for other in rates):
+        raise ValueError(
+            f"the adapted models {', '.join(map(repr, inside))} in this {type(model).__name__} have different rates "
+            f"{rates}: call efft.parameter_groups for each of them"
+        )
+    return _Adapted(factors, list(trained.values()), rates[0])
 
 
 def _adapted_by_peft(model: nn.Module, tuner: Any) -> _Adapted:
-    """Return the trained parts of a model that peft adapted.
+    """Return the trained parts of a model that peft adapted with the tuner ``tuner``.
 
     Raises:
         ValueError: the active adapters have different rates.
     """
     rates: list[Mapping[str, float]] = [tuner.peft_config[name].rates for name in tuner.active_adapters]
     if any(other != rates[0] for other in rates):
-        raise ValueError(f"the active adapters {tuner.active_adapters} have different rates {rates}: activate one")
+        raise ValueError(
+            f"the active adapters {tuner.active_adapters} have different rates {rates}: activate only one of them"
+        )
     factors = {name: p for name, p in tuner.efft_banks.named_parameters() if p.requires_grad}
     norms = [p for module in model.modules() if is_norm(module) for p in module._parameters.values() if p is not None]
     # All parameters of modules that peft trains completely belong to the head, except those of normalization layers.

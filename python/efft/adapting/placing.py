@@ -27,7 +27,8 @@ def place(
 
     Args:
         model: the model.
-        weights: maps the name of each weight to the weight, its bank, and the part of the bank that it uses.
+        weights: maps the name of each weight to its description, its bank (the module that owns its factors), and its
+            site (the part of the bank that it uses).
         config: the configuration; its attribute ``layer`` is the class of adapted linear layers.
 
     Returns:
@@ -55,7 +56,8 @@ def place(
     return {name: adapted[of[name]] for name in weights}
 
 
-#: The kinds of weights that their module reads. The modules are not replaced. The numbers give the order of binding.
+#: The kinds of weights that are read by the module that owns them. Such a module is not replaced. The numbers give the
+#: order in which the sites are bound.
 _READ = {"parameter": 1, "experts": 2}
 
 
@@ -107,7 +109,8 @@ def linear_layers(updates: Mapping[str, Update]) -> dict[str, AdaptedLayer]:
         if not isinstance(update, AdaptedLayer) or not isinstance(update, nn.Linear):
             kind = type(update).__name__ if isinstance(update, AdaptedLayer) else "a parameter that a module reads"
             raise ValueError(
-                f"a pool serves adapters of linear layers, and {name} is {kind}: exclude it when you adapt the model"
+                f"only adapters of linear layers can share a model (AdapterPool, SharedBackbone), but {name!r} is "
+                f"{kind}: exclude it when you adapt the model"
             )
         layers[name] = update
     return layers

@@ -37,7 +37,7 @@ def check_whole(model: nn.Module, operation: str) -> None:
     """
     if is_sharded(model):
         raise ValueError(
-            f"expected a whole model, this {type(model).__name__} is sharded by fully_shard, which refers to its "
+            f"expected a whole model, but this {type(model).__name__} is sharded by fully_shard, which refers to its "
             f"layers: call efft.{operation} before fully_shard (save_adapter and load_adapter transfer the factors to "
             "a plain model)"
         )
@@ -45,16 +45,18 @@ def check_whole(model: nn.Module, operation: str) -> None:
 
 
 def check_not_zeros(model: nn.Module, operation: str) -> None:
-    """Check that DeepSpeed's ZeRO-3 does not manage the parameters of ``model``, because it has its own copies of them.
+    """Check that DeepSpeed's ZeRO-3 does not manage the parameters of ``model``, for an ``efft.operation``.
+
+    ZeRO-3 has its own copies of the parameters, which the operation would not change.
 
     Raises:
         ValueError: ZeRO-3 manages the parameters.
     """
     if any(map(_is_zeros, model.parameters())):
         raise ValueError(
-            f"expected a whole model, DeepSpeed's ZeRO-3 keeps the parameters of this {type(model).__name__}: call "
-            f"efft.{operation} before deepspeed.initialize (save_adapter and load_adapter transfer the factors to a "
-            "plain model)"
+            f"expected a whole model, but DeepSpeed's ZeRO-3 manages the parameters of this {type(model).__name__}: "
+            f"call efft.{operation} before deepspeed.initialize (save_adapter and load_adapter transfer the factors to "
+            "a plain model)"
         )
 
 

@@ -15,7 +15,10 @@ _TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside its wrappers. A wrapper is a module that contains nothing except another module."""
+    """Return the model inside its wrappers.
+
+    A wrapper is a module that contains only one other module, under a name that the known wrappers use.
+    """
     while len(model._modules) == 1 and not model._parameters and not model._buffers:
         name, inner = next(iter(model._modules.items()))
         if inner is None or name not in ("module", *_TRANSPARENT):
@@ -46,8 +49,8 @@ def check_unwrapped(model: nn.Module, operation: str) -> None:
     kind = type(holder).__name__
     got = f"this {type(model).__name__} " + ("contains" if within is not None else "is inside") + f" a {kind}"
     raise ValueError(
-        f"expected a plain model, {f'got a {kind}' if holder is model else got}, which would not know the factors, so "
-        f"that every process would train its own: call efft.{operation} on the plain model, then wrap it"
+        f"expected a plain model, but {f'got a {kind}' if holder is model else got}, which would not know the factors, "
+        f"so every process would train its own: call efft.{operation} on the plain model, then wrap it"
     )
 
 

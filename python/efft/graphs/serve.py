@@ -1,4 +1,4 @@
-"""Define :func:`graph_serve`, which captures the forward pass of a model for several batch sizes."""
+"""Define :func:`graph_serve`, which captures the forward pass of a model as CUDA graphs for several batch sizes."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def graph_serve(
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError(
-            f"{_NAME}: expected a model in eval mode, but {training or 'the model'} is in training mode: call "
-            "model.eval() first"
+            f"{_NAME}: expected a model in eval mode, but {repr(training) if training else 'the model'} is in training "
+            "mode: call model.eval() first"
         )
     if any(isinstance(h, functools.partial) and h.func is check_batch for h in model._forward_pre_hooks.values()):
         raise ValueError(
@@ -90,7 +90,7 @@ def _check_can_be_disabled(model: nn.Module) -> None:
 
 
 class GraphServer:
-    """Serve requests from CUDA graphs (:func:`graph_serve` creates it)."""
+    """Serve requests from CUDA graphs. :func:`graph_serve` creates objects of this class."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class GraphServer:
 
 
 class _Bucket:
-    """One graph: the forward pass for a number of samples.
+    """Hold one graph: the forward pass for a fixed number of samples.
 
     Raises:
         ValueError: an output has no row for each sample, or a sample changes the outputs of another one.
@@ -208,8 +208,8 @@ class _Bucket:
         for i, (one, other) in enumerate(zip(before, after, strict=True)):
             if not torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-3 * float(one.double().abs().max())):
                 raise ValueError(
-                    f"{_NAME}: output {i} of a sample depends on the other samples of its batch, so that it would "
-                    "depend on what an earlier request left there: serve this model without a graph"
+                    f"{_NAME}: output {i} of a sample depends on the other samples of its batch, so it would also "
+                    "depend on the data of an earlier request: serve this model without a graph"
                 )
         for t, rows in zip(self._inputs.tensors, kept, strict=True):
             t[1:].copy_(rows)
@@ -222,7 +222,7 @@ class _Bucket:
 
 
 def _repeated(tensor: Tensor, size: int) -> Tensor:
-    """Return ``size`` rows of a tensor. If it has fewer rows, they are repeated from the first one."""
+    """Return ``size`` rows of a tensor. If the tensor has fewer rows, they are repeated, starting with the first."""
     return tensor[torch.arange(size, device=tensor.device) % tensor.shape[0]]
 
 

@@ -15,7 +15,7 @@ from efft.graphs import capture as capturing
 from efft.graphs.capture import Constants, Inputs, arguments_of, capture, device_of, random_state_kept
 
 _NAME = "graph_step"
-#: Settings of an optimizer's group that may change between two steps, because the graph reads them from a tensor.
+#: Settings of a parameter group of an optimizer that may change between two steps. The graph reads them from a tensor.
 _READ = ("lr",)
 #: Settings that do not affect a step.
 _IGNORED = ("params", "initial_lr", "name", "param_names", "max_lr", "min_lr", "swa_lr")
@@ -34,7 +34,8 @@ def graph_step(
 ) -> GraphStep:
     """Capture a training step of ``model``, which must be on one GPU, as a CUDA graph.
 
-    The result is called once per batch and returns the loss. It computes exactly what this loop computes::
+    The result is called once per batch and returns the loss. It computes exactly what this loop computes (without a
+    ``scaler`` or ``clip_norm``, the lines with them do not apply)::
 
         for batch in batches:
             with torch.autocast("cuda", autocast):
@@ -88,7 +89,7 @@ def graph_step(
 
 
 class GraphStep:
-    """Run training steps from a CUDA graph (:func:`graph_step` creates it)."""
+    """Run training steps from a CUDA graph. :func:`graph_step` creates objects of this class."""
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class GraphStep:
         self._constants: Constants | None = None
         self._settings: list[dict[str, Any]] = []
         self._state: dict[tuple[Tensor, str], int] = {}
-        # The first update runs on purpose without a graph.
+        # torch would warn that the first update runs without a graph, which is intended. This attribute prevents it.
         optimizer.__dict__["_warned_capturable_if_run_uncaptured"] = True
         self._try()
 
@@ -234,7 +235,7 @@ class GraphStep:
         self._state = _addresses(self._optimizer)
 
     def _check(self) -> None:
-        """Raise RuntimeError if the graph would not compute what a loop computes now."""
+        """Raise RuntimeError if the graph would no longer compute the same as the loop in :func:`graph_step`."""
         assert self._constants is not None
         self._constants.check(_NAME)
         groups = self._optimizer.param_groups

@@ -14,7 +14,7 @@ from efft.methods.fact_tt import FacTTTBank, FacTTTConfig
 from efft.planning.plan import make_plan
 from efft.saving.io import check_numbers, head_tensors, misfits
 
-# Names of tensors: U [r, d] and V [d, r]; only in the Tucker form, the core K [r, r, r] and P [r, 12 * blocks].
+# Names of tensors: U [r, d] and V [d, r]. Only the Tucker form has the core K [r, r, r] and P [r, 12 * blocks].
 _U, _V, _K, _P = "FacTu.weight", "FacTv.weight", "FacTc", "FacTp"
 
 _ATTENTION = ("q", "k", "v", "proj")
@@ -35,8 +35,8 @@ def import_fact(model: nn.Module, tensors: Mapping[str, Tensor], scale: float) -
             adapted.
         tensors: content of the checkpoint, from ``torch.load(path, weights_only=True)``. This library does not read
             pickles.
-        scale: the scale s, which the checkpoint does not contain. In the authors' code it is the value of
-            ``scale`` in the configuration of the task or in the command.
+        scale: the scale s, by which the update is multiplied. The checkpoint does not contain it. In the authors' code
+            it is the value of ``scale`` in the configuration of the task or in the command.
 
     Returns:
         The same ``model``.

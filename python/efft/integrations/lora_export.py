@@ -1,8 +1,8 @@
-"""Export adapters exactly as LoRA checkpoints of ``peft``.
+"""Export adapters as LoRA checkpoints of ``peft``. The export is exact.
 
-The update of a layer is D G. In the checkpoint, its LoRA factors are ``A = Dᵀ`` and ``B = Gᵀ`` with a scaling of 1. For
-parameters that are stored transposed, ``A = G`` and ``B = D`` (except for some experts, see
-:func:`_pair_of_parameter`).
+A layer with the update D G computes ``y = x (Wᵀ + D G)``. In the checkpoint, its LoRA factors are ``A = Dᵀ`` and
+``B = Gᵀ`` with a scaling of 1. For parameters that are stored transposed, ``A = G`` and ``B = D`` (except for some
+experts, see :func:`_pair_of_parameter`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from efft.adapting import buffers, extras
+from efft.adapting.adapter import check_not_aside
 from efft.adapting.inject import Adapter, adapted_layers, adapter_of
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import plain_name, unwrap
@@ -37,7 +38,7 @@ PREFIX = "base_model.model."
 #: In models with experts as parameters, peft interprets layers with these names as parts of the experts, because they
 #: were parts of the experts in earlier versions of the models.
 _OF_FORMER_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-#: The values of ``bias`` in peft's configuration for those in ours.
+#: Maps each value of ``bias`` in our configurations to the value in peft's configuration.
 _PEFT_BIAS = {"none": "none", "all": "all", "adapted": "lora_only", "auto": "lora_only"}
 _MERGE = "merge the update instead (efft.merged_state_dict)"
 
@@ -82,13 +83,14 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
     """
     model = unwrap(model)
     adapter, folder = adapter_of(model), Path(folder)
+    check_not_aside(adapter, "export_lora")
     check_whole(model, "export_lora")
     check_stored(adapted_layers(model), "export_lora")
     layers = adapted_layers(model)
     whole = _changed_modules(model, adapter, layers)
     biases, norms = _split_extras(model, adapter, whole)
     if biases and adapter.config.extras.bias == "auto":
-        # A checkpoint with bias="lora_only" has the biases of all adapted layers, those that were not trained too.
+        # A checkpoint with bias="lora_only" has the biases of all adapted layers, including those that are not trained.
         own = dict(model.named_parameters())
         biases |= {name: own[name].detach() for layer in layers if (name := f"{layer}.bias") in own}
     head = _saved_by_peft(model, list(dict.fromkeys(adapter.head + whole + norms)), layers)
@@ -102,7 +104,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
         tensors.update({f"{PREFIX}{key}": tensor for key, tensor in _pair(name, layer, D, G).items()})
     tensors.update({f"{PREFIX}{name}": tensor for name, tensor in head_tensors(model, head).items()})
     tensors.update({f"{PREFIX}{_name_of_bias(model, name)}": bias for name, bias in biases.items()})
-    # Copies, since layers share D and safetensors refuses shared tensors.
+    # The tensors are copied, because layers share D, and safetensors refuses tensors that share memory.
     content = serialize({n: t.clone(memory_format=torch.contiguous_format).cpu() for n, t in tensors.items()})
     parameters = [name for name, layer in layers.items() if isinstance(layer, AdaptedParameter)]
     bias = _PEFT_BIAS[adapter.config.extras.bias] if biases else "none"
@@ -118,8 +120,8 @@ def _changed_modules(model: nn.Module, adapter: Adapter, layers: Mapping[str, Ad
     for name in modules:
         if not name or any(f"{layer}.".startswith(f"{name}.") for layer in layers):
             raise ValueError(
-                f"training changed buffers of {name or 'the model itself'}, which has adapted layers inside, and a "
-                "LoRA checkpoint cannot store such buffers; merge the update instead (efft.merged_state_dict)"
+                f"training changed buffers of {repr(name) if name else 'the model itself'}, which has adapted layers "
+                f"inside, and a LoRA checkpoint cannot store such buffers; {_MERGE}"
             )
     return list(modules)
 
@@ -132,7 +134,7 @@ def _split_extras(model: nn.Module, adapter: Adapter, whole: list[str]) -> tuple
     for name in others:
         if not is_norm(model.get_submodule(name.rpartition(".")[0])):
             raise ValueError(
-                f"{name} was trained, and peft knows only biases of the name 'bias'; {_MERGE}, or train with "
+                f"{name!r} was trained, and peft knows only biases of the name 'bias'; {_MERGE}, or train with "
                 "bias='none'"
             )
     apart = {*norms, *whole}
@@ -149,8 +151,8 @@ def _name_of_bias(model: nn.Module, name: str) -> str:
 def _saved_by_peft(model: nn.Module, head: list[str], layers: Mapping[str, AdaptedWeight]) -> list[str]:
     """Return the modules to store as peft's ``modules_to_save``.
 
-    A list of modules is replaced by its members. peft also treats every module as saved whose name ends with the name
-    of a saved module, and would miss its tensors in the file. Such modules are therefore added.
+    A list of modules is replaced by its members. If the name of a module ends with the name of a saved module, peft
+    treats that module as saved too, and would miss its tensors in the file. Such modules are therefore added.
     """
     names: list[str] = []
     for name in head:
@@ -176,9 +178,9 @@ def _pair(name: str, layer: AdaptedWeight, D: Tensor, G: Tensor) -> dict[str, Te
     A, B = D.t(), G.t()
     if isinstance(layer, nn.Embedding):
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
-    if isinstance(layer, nn.modules.conv._ConvNd):  # peft's A is a kernel of this size, and B is a 1 x 1 kernel
+    if isinstance(layer, nn.modules.conv._ConvNd):  # peft's A is a kernel of the layer's size, and B is a 1 x 1 kernel
         if layer.groups > 1:
-            raise ValueError(f"{name} is a grouped convolution, for which peft has no such update; {_MERGE}")
+            raise ValueError(f"{name!r} is a grouped convolution, for which peft has no such update; {_MERGE}")
         A, B = A.unflatten(1, layer.weight.shape[1:]), B[(..., *[None] * (layer.weight.dim() - 2))]
     return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
 
@@ -191,7 +193,7 @@ def _pair_of_parameter(name: str, layer: AdaptedParameter, D: Tensor, G: Tensor)
     """
     owner, _, parameter = name.rpartition(".")
     turned = layer.view in ("transposed", EXPERT_VIEWS[True])
-    if isinstance(layer, ExpertWeight):  # peft has own factors for each expert, so A is repeated
+    if isinstance(layer, ExpertWeight):  # peft has separate factors for each expert, so A is repeated
         inside, outside = D.t().expand(len(G), -1, -1), G.transpose(1, 2)  # [experts, r, d_in], [experts, d_out, r]
         if turned and not getattr(layer.module, "is_transposed", False):
             inside, outside = outside.transpose(1, 2), inside.transpose(1, 2)
@@ -200,7 +202,7 @@ def _pair_of_parameter(name: str, layer: AdaptedParameter, D: Tensor, G: Tensor)
         A, B = (G, D) if turned else (D.t(), G.t())
     else:
         raise ValueError(
-            f"{name} has {layer.stored.dim()} dimensions, and peft can adapt only matrices and experts; {_MERGE}"
+            f"{name!r} has {layer.stored.dim()} dimensions, and peft can adapt only matrices and experts; {_MERGE}"
         )
     # peft nests its wrappers. The wrapper of the module's first parameter is the innermost one.
     adapted = cast(Any, layer.module).adapted_parameters
@@ -238,7 +240,8 @@ def _config(
 def _check_names(model: nn.Module, layers: Mapping[str, AdaptedWeight], head: list[str]) -> None:
     """Raise ValueError if peft would adapt or train other modules than the adapter does.
 
-    peft adapts a shared layer only once. It trains every module whose name *ends* with the name of a head module.
+    peft adapts a shared layer only once. It trains a module if the name of the module *ends* with the name of a head
+    module.
     """
     names: dict[Any, str] = {}
     for name, layer in layers.items():
@@ -249,40 +252,42 @@ def _check_names(model: nn.Module, layers: Mapping[str, AdaptedWeight], head: li
     for name, layer in layers.items():
         if isinstance(layer, AdaptedLayer) and layer.read:
             raise ValueError(
-                f"the module around {name} reads its weight, and would miss an update in a layer of peft; {_MERGE}"
+                f"the module around {name!r} reads its weight, and would miss an update in a layer of peft; {_MERGE}"
             )
         if not isinstance(layer, AdaptedParameter):
             continue
         inside = [other for other in layers if other.startswith(f"{names[layer.module]}.") and other in names.values()]
         if isinstance(layer.module, nn.MultiheadAttention) or inside:
             raise ValueError(
-                f"{name} is a parameter of a {type(layer.module).__name__}, which peft does not wrap, because it "
-                f"{f'contains the adapted layer {inside[0]}' if inside else 'reads its own weights'}; {_MERGE}"
+                f"{name!r} is a parameter of a {type(layer.module).__name__}, which peft does not wrap, because it "
+                f"{f'contains the adapted layer {inside[0]!r}' if inside else 'reads its own weights'}; {_MERGE}"
             )
     experts = [n for n, module in model.named_modules() if "gate_up_proj" in module._parameters]
     former = [n for n in layers if experts and n.rpartition(".")[2] in _OF_FORMER_EXPERTS and n in names.values()]
     if former:
         raise ValueError(
-            f"peft would not adapt {former[0]}, because it would treat the layer as a part of {experts[0]}, where "
+            f"peft would not adapt {former[0]!r}, because it would treat the layer as a part of {experts[0]!r}, where "
             f"transformers 4 had layers of that name; {_MERGE}"
         )
     parameters = [name for name, layer in layers.items() if isinstance(layer, AdaptedParameter)]
     for name in map(plain_name, dict(model.named_parameters()) if parameters else ()):
         of = next((parameter for parameter in parameters if name.endswith(f".{parameter}")), None)
         if of is not None:
-            raise ValueError(f"peft would adapt {name} too, because its name ends with {of}; {_MERGE}")
+            raise ValueError(f"peft would adapt {name!r} too, because its name ends with {of!r}; {_MERGE}")
     for full, module in model.named_modules(remove_duplicate=False):
         name = plain_name(full)
         if names.get(module, name) != name:
-            raise ValueError(f"{names[module]} and {name} are one layer, and peft would adapt only the first; {_MERGE}")
+            raise ValueError(
+                f"{names[module]!r} and {name!r} are one layer, and peft would adapt only the first; {_MERGE}"
+            )
         of = next((layer for layer in layers if name.endswith(f".{layer}")), None)
         if of is not None and name not in layers:
-            raise ValueError(f"peft would adapt {name} too, because its name ends with {of}; {_MERGE}")
+            raise ValueError(f"peft would adapt {name!r} too, because its name ends with {of!r}; {_MERGE}")
         ends = [h for h in head if name.endswith(h) and name not in head]
         if ends and any(f"{layer}.".startswith(f"{name}.") for layer in layers):
             raise ValueError(
-                f"peft would not adapt {name}, because it would treat the layer as the head {ends[0]!r}, with "
-                f"which its name ends; {_MERGE}"
+                f"peft would not adapt {name!r}, but treat it as the head {ends[0]!r}, because the name of the layer "
+                f"ends with the name of the head; {_MERGE}"
             )
 
 
@@ -294,5 +299,5 @@ def _check_replaceable(path: Path) -> None:
         method = "unknown"
     if method != "LORA":
         raise ValueError(
-            f"{path.parent} holds an adapter of method {method}, expected an empty folder or a LoRA checkpoint"
+            f"'{path.parent}' holds an adapter of method {method!r}, expected an empty folder or a LoRA checkpoint"
         )

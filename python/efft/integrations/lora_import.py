@@ -1,7 +1,7 @@
-"""Import LoRA checkpoints of ``peft`` exactly.
+"""Import LoRA checkpoints of ``peft``. The import is exact.
 
 The update of a layer is ``s A B`` with ``A = lora_Aᵀ`` and ``B = lora_Bᵀ``, where ``lora_A`` and ``lora_B`` are the
-tensors in the checkpoint.
+tensors in the checkpoint, and s is a scale.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     ``use_rslora``. If layers have different scales, s is 1 and B includes the scale of each layer. The modules in
     ``modules_to_save`` become the head. Biases that were trained (``bias="all"`` or ``"lora_only"``) are trained here
     too. Dropout of activations is not imported. The result is like any model that :func:`efft.apply` has adapted: you
-    can train, save and merge it, or add it to a pool.
+    can train, save and merge it, or add it to an :class:`efft.AdapterPool`.
 
     Args:
         model: the base model on which the checkpoint was trained, with the same names of layers. It must not be
@@ -154,7 +154,7 @@ class _Settings:
     """Hold the settings that affect the imported numbers.
 
     Attributes:
-        rank, alpha: functions that return rank and lora_alpha of the layer with a name.
+        rank, alpha: functions from the name of a layer to its rank and its lora_alpha.
         rooted: whether lora_alpha is divided by the square root of the rank.
         bias: the trained biases, as in :class:`LoRAConfig`.
         ends: endings of the names of heads.
@@ -204,7 +204,11 @@ def _settings(path: Path, values: Any) -> _Settings:
     patterns: dict[str, dict[str, Any]] = {}
     for name, ok in (("rank_pattern", is_size), ("alpha_pattern", is_setting)):
         patterns[name] = values.get(name) or {}
-        check(isinstance(patterns[name], dict) and all(map(ok, patterns[name].values())), name, "names to numbers")
+        check(
+            isinstance(patterns[name], dict) and all(map(ok, patterns[name].values())),
+            name,
+            "a dict from names to numbers",
+        )
         check(are_short(patterns[name]), name, f"of at most {MOST_CHARACTERS} characters of regular expressions")
     ends = values.get("modules_to_save") or []
     check(isinstance(ends, list) and all(isinstance(end, str) for end in ends), "modules_to_save", "a list of names")
@@ -219,7 +223,7 @@ def _settings(path: Path, values: Any) -> _Settings:
 
 
 def _by_name(patterns: dict[str, Value], default: Value) -> Callable[[str], Value]:
-    """Return a function that returns the value of the first pattern that matches a name, as in peft."""
+    """Return a function from a name to the value of the first pattern that matches it (as in peft), or the default."""
     matchers = list(zip(file_matchers(patterns), patterns.values(), strict=True))
     return functools.cache(lambda name: next((value for matches, value in matchers if matches(name)), default))
 
@@ -267,7 +271,9 @@ def _heads(model: nn.Module, ends: tuple[str, ...], tensors: dict[str, Tensor]) 
     of_heads = {p for head in heads for p in model.get_submodule(head).parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter in of_heads and not any(name.startswith(f"{head}.") for head in heads):
-            raise ValueError(f"{name} is the same parameter as one of {', '.join(heads)}, of which peft trains a copy")
+            raise ValueError(
+                f"{name!r} is the same parameter as one of {', '.join(heads)}, of which peft trains a copy"
+            )
     return heads
 
 

@@ -1,4 +1,4 @@
-"""Make the checkpoints of transformers' Trainer hold only the adapter."""
+"""Make transformers' Trainer use the learning rates of an adapter, and save only the adapter in its checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from efft.adapting.inject import Adapter
+from efft.adapting.optimizing import set_rates
 from efft.adapting.sharding import is_sharded
 from efft.adapting.wrappers import unwrap
 from efft.saving.files import CONFIG
@@ -35,6 +36,10 @@ class AdapterCheckpoints(Trainer):
     generators. Checkpoints with all weights of a model can still be read. Models that are not adapted are saved as
     usual.
 
+    The optimizer that the Trainer creates uses the learning rates of the adapter's configuration
+    (:attr:`efft.EfftConfig.rates`), as multiples of ``learning_rate``. Without this class, the Trainer uses one
+    learning rate for all parameters, unless it gets an optimizer with the groups of :func:`efft.parameter_groups`.
+
     The Trainer also accepts an adapted quantized model. Without this class, the Trainer would reject the model as
     "purely quantized", because it does not know the adapters of this library.
     """
@@ -43,6 +48,13 @@ class AdapterCheckpoints(Trainer):
         model = kwargs.get("model", args[0] if args else None)
         with _mark_as_adapted(model):
             super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        given = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if not given:
+            set_rates(optimizer, self.model)
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self.model

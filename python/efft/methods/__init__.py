@@ -1,6 +1,6 @@
-"""Provide EFFT and other tensor methods. Each method has a configuration for ``efft.apply`` and a bank of factors.
+"""Provide EFFT, LoRA and other methods.
 
-Example::
+Each method has a configuration for ``efft.apply`` and a *bank*: a module that owns trained factors. Example::
 
     efft.apply(model, efft.methods.LoRAConfig(rank=8, scale=2.0))
 

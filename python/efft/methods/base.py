@@ -107,7 +107,7 @@ _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 @dataclass(frozen=True)
 class Layer:
-    """Describe a linear layer to adapt: its :class:`Target`, its sizes, and the frozen layer itself.
+    """Describe a layer to adapt: its :class:`Target`, its sizes, and the frozen module ``linear`` that owns the weight.
 
     ``heads`` is the number of heads in the nearest module around the layer that has such an attribute or such an entry
     in its ``config``. It is None if no module has one.
@@ -140,7 +140,7 @@ class Layer:
     def group(self, of_known_roles: str) -> str:
         """Return the name of the layer's group.
 
-        If the role of the layer is known, the name is ``of_known_roles``, after the stage if there are stages.
+        If the role of the layer is known, the name is ``of_known_roles``, preceded by the stage if there are stages.
         Otherwise the name contains the shape of the layer.
         """
         target = self.target
@@ -191,7 +191,11 @@ def _target_of(weight: Weight, text: str) -> Target:
 
 
 class MethodBank(FactorBank):
-    """Create a bank from a configuration and its layers. ``kw`` contains ``device`` and ``dtype`` of the tensors."""
+    """Serve as the base class of the banks of these methods.
+
+    A bank is created from a configuration and the layers that share the bank. ``kw`` contains ``device`` and ``dtype``
+    of its tensors.
+    """
 
     def __init__(self, config: Any, layers: list[Layer], **kw: Any) -> None:
         super().__init__()
@@ -227,8 +231,8 @@ class StackedBank(MethodBank):
         for layer in layers:
             if (layer.d_in, layer.d_out) != (first.d_in, first.d_out):
                 raise ValueError(
-                    f"group {name!r}: layers of one role must have one shape, but {first.target.name} is "
-                    f"{first.d_in}x{first.d_out} and {layer.target.name} is {layer.d_in}x{layer.d_out}; exclude one "
+                    f"group {name!r}: layers of one role must have one shape, but {first.target.name!r} is "
+                    f"{first.d_in}x{first.d_out} and {layer.target.name!r} is {layer.d_in}x{layer.d_out}; exclude one "
                     "of them"
                 )
         return {layer.target.name: i for i, layer in enumerate(layers)}
@@ -280,7 +284,10 @@ class BlockBank(MethodBank):
 
     @staticmethod
     def group_of(layer: Layer) -> str:
-        """Return the same group for all layers (of one stage, if there are stages); layers without a role by shape."""
+        """Return one name for all layers with a role (of one stage, if there are stages).
+
+        For any other layer, the name contains its shape.
+        """
         return layer.group("joint")
 
     @staticmethod
@@ -291,9 +298,9 @@ class BlockBank(MethodBank):
         for layer in layers:
             if min(layer.d_in, layer.d_out) != d or max(layer.d_in, layer.d_out) % d:
                 raise ValueError(
-                    f"group {name!r}: layers that share U and V must be of one width d, {d} here, or d -> n d or "
-                    f"n d -> d, but {layer.target.name} is {layer.d_in}x{layer.d_out}; exclude it, or name the layers "
-                    "of each width (targets=[...])"
+                    f"group {name!r}: layers that share U and V must have the sizes d -> d, d -> n d or n d -> d for "
+                    f"one width d (here {d}), but {layer.target.name!r} is {layer.d_in}x{layer.d_out}; exclude it, or "
+                    "name the layers of each width (targets=[...])"
                 )
             counts[layer.target.role] = max(counts.get(layer.target.role, 0), max(layer.d_in, layer.d_out) // d)
         first = 0

@@ -9,21 +9,22 @@ import copy
 import dataclasses
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from efft.adapting.heads import find_head
 from efft.config import LARGEST_NUMBER, LARGEST_SIZE, AdapterConfig, check_rates, is_number, is_setting, is_size
 from efft.hints import nearest
 from efft.planning.budget import fit_budget
-from efft.planning.extras import Extras
+from efft.planning.extras import Extras, find_extras
 from efft.planning.roles import trains_by_role
 from efft.planning.shapes import TensorTrain, trains_by_shape
-from efft.planning.structure import Weight
-from efft.planning.targets import Target
+from efft.planning.structure import Weight, structure_of
+from efft.planning.targets import Target, select
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.initialization import CORE_LAYOUTS, MOVEMENT, automatic_scale
 
@@ -72,7 +73,7 @@ class EfftConfig(AdapterConfig):
     [Wq|Wk|Wv|Wo] as one d x 4d matrix."""
 
     rank: int | tuple[int, int] | dict[str, int | tuple[int, int]] = 32
-    """The rank r of the tensor train, or (r1, r2) for rectangular cores, or a dict of either per group."""
+    """The rank r of the tensor train, (r1, r2) for rectangular cores, or a dict with one of these per group."""
 
     scale: float | Literal["auto"] | dict[str, float | Literal["auto"]] = 1.0
     """The multiplier s of the update (it is not divided by the rank), or a dict with one per group. With "auto", s is
@@ -122,10 +123,10 @@ class EfftConfig(AdapterConfig):
 
     bias: Literal["none", "all", "adapted", "auto"] = "none"
     """Biases that are trained and saved in addition to the factors: "all" (those of the whole model outside the head,
-    including those of normalization layers), "adapted" (those of the adapted layers), or "auto". "auto" is like
-    "adapted", but it also accepts layers without biases, and it leaves out the biases of queries, keys and values if
-    the library knows the roles of the layers: a softmax does not depend on the bias of the keys, and a bias of the
-    values has the same effect as a bias of the output projection."""
+    including those of normalization layers, but not those that the model itself does not train), "adapted" (those of
+    the adapted layers), or "auto". "auto" is like "adapted", but it also accepts layers without biases, and it leaves
+    out the biases of queries, keys and values if the library knows the roles of the layers: a softmax does not depend
+    on the bias of the keys, and a bias of the values has the same effect as a bias of the output projection."""
 
     norms: bool = False
     """Whether the weights and biases of all normalization layers are trained and saved in addition to the factors."""
@@ -234,13 +235,30 @@ class EfftConfig(AdapterConfig):
         config: EfftConfig = fit_budget(cls, model, budget, {**chosen, **fields})
         return config
 
+    def planner(self, model: nn.Module) -> Callable[[EfftConfig], tuple[Sequence[EfftGroup], int]]:
+        """Return a function that plans configurations that differ from this one in their rank, bias and norms only.
+
+        The function returns the groups of such a configuration in ``model``, and the number of entries of all biases
+        and norms that the configuration trains in addition to factors and head.
+        """
+        head = find_head(model, self.head)
+        structure = structure_of(model, head, share_tied=True)
+        targets = select(model, structure, self.targets, self.exclude, self.kinds)
+
+        def plan(config: EfftConfig) -> tuple[Sequence[EfftGroup], int]:
+            groups = config.groups(model, targets)
+            weights, _ = structure.with_tied({n: structure.weights[n] for group in groups for n in group.sites})
+            return groups, sum(find_extras(model, config.extras, weights, head).values())
+
+        return plan
+
     def groups(self, model: nn.Module, targets: list[Target]) -> Sequence[EfftGroup]:
         """Return the groups for these weights, one per tensor train.
 
-        If the roles of the weights in their blocks are known, the trains are those of the paper. Otherwise weights of
-        equal shape share a train. If ``targets`` is a keyword and the roles are unknown, the rank of a group is reduced
-        until the group has fewer parameters than its weights have entries. If this is impossible, the group is left out
-        (except with "all-linear").
+        If the roles of the weights in their blocks are known, the tensor trains are those of the paper. Otherwise
+        weights of equal shape share a tensor train. If ``targets`` is a keyword and the roles are unknown, the rank of
+        a group is reduced until the group has fewer parameters than its weights have entries. If this is impossible,
+        the group is left out (except with "all-linear").
 
         Raises:
             ValueError: the weights cannot share trains, ``rank`` or ``scale`` does not fit the groups, or no group is
@@ -324,7 +342,7 @@ class EfftConfig(AdapterConfig):
     def summary(self) -> str:
         """Return the settings in one line, for a model card."""
         return (
-            f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale\n"
+            f"{self.variant} ([arXiv 2311.06749](https://arxiv.org/abs/2311.06749)), rank {self.rank}, scale "
             f"{self.scale}, targets {self.targets}, cores {self.core_sharing}{self.extras.describe()}"
             + ("" if self.layer_scale is None else f", layer scales {self.layer_scale}")
         )
@@ -366,7 +384,7 @@ class EfftGroup(TensorTrain):
         return self.n_cores * (self.n_layers if self.config.core_sharing == "per_layer" else 1)
 
     def cut_rank(self, size: int) -> None:
-        """Reduce the rank to the sizes of the matrices, and further until the group has fewer than ``size`` parameters.
+        """Reduce the rank to at most the sizes of the matrices, until the group has fewer than ``size`` parameters.
 
         If the group has at least ``size`` parameters even at rank 1, the rank becomes 1.
         """
@@ -464,7 +482,7 @@ _SITE = re.compile(
 def _site_from_text(text: str, n_cores: int) -> Site:
     match = _SITE.fullmatch(text)
     if match is None or int(match["end"]) > n_cores:
-        raise ValueError(f"'plan' has no valid place in its train for a weight: {text[:80]!r}")
+        raise ValueError(f"'plan' has no valid place in its tensor train for a weight: {text[:80]!r}")
     numbers = {name: int(value or 0) for name, value in match.groupdict().items() if not (value or "").startswith(" ")}
     return Site(
         numbers["layer"],

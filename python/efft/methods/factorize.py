@@ -1,4 +1,4 @@
-"""Compute the sizes and ranks of tensor trains over the factored sizes of a layer."""
+"""Split the sizes of a layer into factors, and compute the ranks of a tensor train with one core per factor."""
 
 from __future__ import annotations
 

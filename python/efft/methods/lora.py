@@ -30,7 +30,10 @@ class LoRABank(StackedBank):
 
 @dataclass
 class LoRAConfig(MethodConfig):
-    """Configure low-rank adaptation. As in ``peft``, a fused qkv is one matrix; s is ``lora_alpha / r`` there."""
+    """Configure low-rank adaptation.
+
+    As in ``peft``, a fused qkv is one matrix. The scale s corresponds to ``lora_alpha / r`` in ``peft``.
+    """
 
     method = "lora"
     paper = "2106.09685"

@@ -32,8 +32,8 @@ class LoRAXSBank(StackedBank):
         r = config.rank
         if r > min(self.d_in, self.d_out):
             raise ValueError(
-                f"LoRAXSConfig.rank must be at most the smaller size of every layer, got {r} and "
-                f"{layers[0].target.name} is {self.d_in}x{self.d_out}"
+                f"LoRAXSConfig.rank must be at most the smaller size of every layer, got {r}, but "
+                f"{layers[0].target.name!r} is {self.d_in}x{self.d_out}"
             )
         self.register_buffer("A", torch.empty(self.n, self.d_in, r, **kw))
         self.register_buffer("B", torch.empty(self.n, r, self.d_out, **kw))
@@ -51,7 +51,7 @@ class LoRAXSBank(StackedBank):
 
 @dataclass
 class LoRAXSConfig(MethodConfig):
-    """Extremely small low-rank adaptation."""
+    """Configure low-rank adaptation with an extremely small number of parameters."""
 
     method = "lora_xs"
     paper = "2405.17604"

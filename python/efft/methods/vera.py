@@ -15,7 +15,7 @@ class VeRABank(StackedBank):
     """Hold the frozen A ``[d_in, r]`` and B ``[r, d_out]``, and the trained vectors of n layers.
 
     The trained parameters are lambda_d ``[n, r]`` and lambda_b ``[n, d_out]``, which starts at zero: r + d_out per
-    layer. All layers of the bank share A and B, which are Kaiming-uniform as in ``peft`` (in which layers of all shapes
+    layer. All layers of the bank share A and B, which are Kaiming-uniform as in ``peft`` (where layers of all shapes
     share one pair). A and B are saved with the adapter, because another machine may not draw the same numbers.
     """
 
@@ -38,7 +38,7 @@ class VeRABank(StackedBank):
 
 @dataclass
 class VeRAConfig(MethodConfig):
-    """Vector-based random matrix adaptation."""
+    """Configure vector-based random matrix adaptation."""
 
     method = "vera"
     paper = "2310.11454"

@@ -1,1 +1,1 @@
-"""Plan which weights of a model are adapted and which of them share a tensor train. No function changes the model."""
+"""Plan which weights of a model are adapted and which of them share factors. No function changes the model."""

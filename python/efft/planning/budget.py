@@ -7,18 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from efft.adapting.heads import find_head
-from efft.config import LARGEST_SIZE, AdapterConfig, is_size, quote
-from efft.planning.extras import Extras, find_extras
-from efft.planning.structure import structure_of
-from efft.planning.targets import select
+from efft.config import LARGEST_SIZE, is_size, quote
+from efft.planning.extras import Extras
 
 #: Biases are trained only if the budget also allows at least this rank. In experiments with a ViT-S, training biases
 #: improved accuracy more than raising the rank above this value.
 LEAST_RANK_WITH_BIASES = 4
 
 
-def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int, fields: Mapping[str, Any]) -> Any:
+def fit_budget(kind: Callable[..., Any], model: nn.Module, budget: int, fields: Mapping[str, Any]) -> Any:
     """Return a configuration whose factors, trained biases and trained norms have at most ``budget`` parameters.
 
     The rank is the highest that the budget allows. If ``fields`` do not contain ``bias``, biases are trained
@@ -26,8 +23,8 @@ def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int
     counted.
 
     Args:
-        kind: the class of the configuration, which has the fields rank, bias and norms. Its groups have ``d_in`` and
-            ``d_out``.
+        kind: the class of the configuration, which has the fields rank, bias and norms, and a method ``planner``
+            (:meth:`efft.EfftConfig.planner`).
         model: the model to adapt; it may be on the meta device.
         budget: the largest number of parameters.
         fields: fields of the configuration, except ``rank``.
@@ -40,22 +37,18 @@ def fit_budget(kind: Callable[..., AdapterConfig], model: nn.Module, budget: int
     if not is_size(budget, 2**63):
         raise ValueError(f"budget must be a positive number of parameters, got {quote(budget)}")
     if "rank" in fields:
-        raise ValueError(f"a budget chooses the rank: give either budget or rank, got {budget} and {fields['rank']!r}")
+        raise ValueError(f"a budget chooses the rank: pass either budget or rank, got {budget} and {fields['rank']!r}")
     plain = kind(**fields)
-    head = find_head(model, plain.head)
-    structure = structure_of(model, head, share_tied=True)
-    targets = select(model, structure, plain.targets, plain.exclude, plain.kinds)
+    plan = plain.planner(model)
 
-    def config(rank: int, extras: Extras) -> AdapterConfig:
+    def config(rank: int, extras: Extras) -> Any:
         return kind(**{**fields, **extras.as_fields(), "rank": rank})
 
     def count(rank: int, extras: Extras) -> int:
-        groups = config(rank, extras).groups(model, targets)
-        weights, _ = structure.with_tied({name: structure.weights[name] for group in groups for name in group.sites})
-        beside = find_extras(model, extras, weights, head)
-        return sum(group.n_parameters for group in groups) + sum(beside.values())
+        groups, beside = plan(config(rank, extras))
+        return sum(group.n_parameters for group in groups) + beside
 
-    groups: Any = config(1, plain.extras).groups(model, targets)
+    groups, _ = plan(config(1, plain.extras))
     widest = min(LARGEST_SIZE, max(min(group.d_in, group.d_out) for group in groups))
     wanted = {plain.extras: 1}
     if "bias" not in fields:

@@ -20,7 +20,8 @@ class Extras(NamedTuple):
         bias: "none"; "all" (all biases outside the head); "adapted" (the biases of adapted layers); or "auto" (like
             "adapted", but without an error if there are no biases, and without the biases of layers that are known to
             compute queries, keys or values). A bias is a parameter of one dimension that is called ``bias``, or whose
-            name ends in ``_bias`` (``in_proj_bias``).
+            name ends in ``_bias`` (``in_proj_bias``). "all" leaves out parameters that the model itself does not train:
+            those that require no gradient, in a module with other parameters that do (the biases of some routers).
         norms: whether the weights and biases of normalization layers (:func:`is_norm`) are trained.
     """
 
@@ -67,7 +68,9 @@ def find_extras(model: nn.Module, wanted: Extras, weights: Mapping[str, Weight],
         for own, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
-            is_wanted_bias = _is_bias(own, parameter) and (bias == "all" or id(parameter) in of_adapted)
+            is_wanted_bias = _is_bias(own, parameter) and (
+                id(parameter) in of_adapted or (bias == "all" and _is_trained(module, parameter))
+            )
             if not (norm or (bias != "none" and is_wanted_bias)):
                 continue
             seen.add(id(parameter))
@@ -132,6 +135,14 @@ def _is_bias(name: str, parameter: Tensor) -> bool:
     return is_name_of_bias(name) and (is_lazy(parameter) or parameter.dim() == 1)
 
 
+def _is_trained(module: nn.Module, parameter: Tensor) -> bool:
+    """Return whether a model trains a parameter of ``module``, as far as ``requires_grad`` tells.
+
+    If no parameter in the module requires a gradient, the user has frozen it.
+    """
+    return parameter.requires_grad or not any(p.requires_grad for p in module.parameters())
+
+
 def is_name_of_bias(name: str) -> bool:
     """Return whether a parameter's own name is that of a bias."""
     return name == "bias" or name.endswith("_bias")
@@ -153,4 +164,6 @@ def _check_trainable(name: str, parameter: Tensor) -> None:
     elif not is_plain(parameter) or not parameter.is_floating_point():
         reason = f"it is a {type(parameter).__name__} of {parameter.dtype}; exclude it when you quantize the model"
     if reason is not None:
-        raise ValueError(f"the setting bias or norms cannot train {name}: {reason}, or use bias='none' and norms=False")
+        raise ValueError(
+            f"the setting bias or norms cannot train {name!r}: {reason}, or use bias='none' and norms=False"
+        )

@@ -21,7 +21,7 @@ from efft.planning.extras import find_extras, known_extras
 from efft.planning.structure import Weight, structure_of
 from efft.planning.targets import Target, known_target, select
 
-#: No warning is issued if at most this share of the weights in blocks is not adapted.
+#: A warning is issued if more than this share of the weights in blocks is not adapted.
 SILENT_SHARE = 0.01
 
 

@@ -17,8 +17,7 @@ from efft_kernels import Site
 def trains_by_role(targets: Iterable[Target], joint: bool) -> list[TensorTrain]:
     """Return the tensor trains of the given weights: one for attention and one for the MLP of each stage.
 
-    With ``joint``, attention and MLP share one tensor train.
-
+    A model whose widths do not change has only one stage. With ``joint``, attention and MLP share one tensor train.
     Layers without a role share a tensor train with all other layers of the same shape.
 
     Raises:
@@ -35,7 +34,7 @@ def trains_by_role(targets: Iterable[Target], joint: bool) -> list[TensorTrain]:
 
 
 class _Shape:
-    """Role, block and sizes of a target."""
+    """Hold the role, the block and the sizes of a target."""
 
     def __init__(self, target: Target) -> None:
         self.role, self.block = target.role, target.block
@@ -67,8 +66,8 @@ def _width(name: str, what: str, layers: _Layers, size: Callable[[_Shape], int |
         first = next(iter(sizes))
         other = next(n for n in sizes if sizes[n] != sizes[first])
         raise ValueError(
-            f"group {name!r}: layers that share factors must agree in {what}, but {first} has {sizes[first]} and "
-            f"{other} has {sizes[other]}; exclude one of them or name the layers of each size (targets=[...])"
+            f"group {name!r}: layers that share factors must agree in {what}, but {first!r} has {sizes[first]} and "
+            f"{other!r} has {sizes[other]}; exclude one of them or name the layers of each size (targets=[...])"
         )
     return next(iter(sizes.values()), None)
 
@@ -83,7 +82,7 @@ def _attention_width(name: str, layers: _Layers) -> int:
         n_parts = len(_attention_parts(shape.role))
         if shape.d_out % n_parts:
             raise ValueError(
-                f"group {name!r}: {layer} has {shape.d_out} outputs, not a multiple of its {n_parts} matrices"
+                f"group {name!r}: the {shape.d_out} outputs of {layer!r} are not a multiple of its {n_parts} matrices"
             )
     d = _width(name, "input size", layers, lambda s: s.d_in)
     # Keys and values may be narrower (grouped-query attention). They then use the first columns of V.
@@ -93,7 +92,7 @@ def _attention_width(name: str, layers: _Layers) -> int:
     if out not in (d, None):
         raise ValueError(
             f"group {name!r}: attention matrices must be square, got {d} inputs and {out} outputs of each of q, k, "
-            "v, o; give these layers by name (targets=[...])"
+            "v, o; select these layers by name (targets=[...])"
         )
     return d
 
@@ -113,7 +112,7 @@ def _mhsa(name: str, layers: _Layers) -> _Layout:
 
 
 def _mlp_sizes(name: str, layers: _Layers) -> tuple[int, int, int]:
-    """Return (d, hidden size, blocks of fc1): a gated fc1 has two output blocks of the hidden size."""
+    """Return (d, hidden size, number of blocks of fc1). A gated fc1 has two output blocks of the hidden size."""
     d = _width(name, "model width", layers, lambda s: s.d_out if s.role == "fc2" else s.d_in)
     hidden = _width(name, "hidden size of fc2", layers, lambda s: s.d_in if s.role == "fc2" else None)
     up = _width(name, "output size of fc1", layers, lambda s: None if s.role == "fc2" else s.d_out)
@@ -123,7 +122,7 @@ def _mlp_sizes(name: str, layers: _Layers) -> tuple[int, int, int]:
     if up is not None and up % hidden:
         raise ValueError(
             f"group {name!r}: fc1's {up} outputs are not a multiple of fc2's {hidden} inputs, so they cannot share a "
-            "train; give these layers by name (targets=[...])"
+            "train; select these layers by name (targets=[...])"
         )
     return d, hidden, (up or hidden) // hidden
 
@@ -152,8 +151,8 @@ def _ffn(name: str, layers: _Layers) -> _Layout:
 def _joint(name: str, layers: _Layers) -> _Layout:
     """Lay out the single tensor train of EFFT1: U [d, r1], V [r2, 4 d].
 
-    The update of [q|k|v|o] is U C V, in which each matrix is one of four column blocks. The update of fc1 is U C V, and
-    the update of fc2 is the transpose of such a product.
+    The matrices q, k, v and o side by side have the update U C V. The update of fc1 is U C V, and the update of fc2 is
+    the transpose of such a product. Each of these products has its own core.
     """
     attention = {n: s for n, s in layers.items() if s.role in MHSA_ROLES}
     mlp = {n: s for n, s in layers.items() if s.role in FFN_ROLES}

@@ -85,10 +85,10 @@ class Structure:
 
     Attributes:
         weights: the weights that can be adapted, by name, in the model's order.
-        reasons: maps the names of the other weights to the reasons why they cannot be adapted.
+        reasons: maps the name of each weight that cannot be adapted to the reason.
         tied: maps each layer that shares the weight of an earlier layer to the name of the earlier layer.
-        sizes: number of entries of every parameter of two or more dimensions in blocks, by full name; of the whole
-            model if nothing is repeated.
+        sizes: maps the full name of every parameter of two or more dimensions in blocks to its number of entries. If
+            the model has no blocks, all such parameters of the model are included.
     """
 
     weights: dict[str, Weight] = field(default_factory=dict)
@@ -183,7 +183,10 @@ _DOUBTFUL = "doubtful"
 
 
 def _weights_of(name: str, module: nn.Module) -> list[tuple[Weight, str | None]]:
-    """Return a module's own parameters of two or more dimensions, each with the reason against adapting it, or None."""
+    """Return a module's own parameters of two or more dimensions.
+
+    Each parameter comes with the reason why it cannot be adapted, or with None if it can be adapted.
+    """
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return []
     computed = _find_computed(name, module)

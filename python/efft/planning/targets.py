@@ -20,14 +20,17 @@ MHSA_ROLES = ("qkv", "q", "k", "v", "o")
 FFN_ROLES = ("fc1", "gate", "fc2")  # a gated MLP has fc1 and gate as two layers or packed in one fc1
 _PART_OF = dict.fromkeys(MHSA_ROLES, "mhsa") | dict.fromkeys(FFN_ROLES, "ffn")
 
+# Each of these tables maps the ending of a layer's name to the role of the layer.
 _TIMM = {"attn.qkv": "qkv", "attn.proj": "o", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
-#: transformers 5: ViT, DeiT, DINOv2, BEiT, Swin.
+#: Names in transformers 5 for ViT, DeiT, DINOv2, BEiT and Swin.
 _VIT = {f"attention.{part}_proj": part for part in "qkvo"} | {"mlp.fc1": "fc1", "mlp.fc2": "fc2"}
-#: transformers: BERT and its relatives; before version 5 also the models above (`attention.attention`, except in Swin).
+#: Names in transformers for BERT and its relatives. Before version 5, the models above have them too (with
+#: `attention.attention`, except in Swin).
 _BERT = {
     f"attention.{inner}.{name}": name[0] for inner in ("self", "attention") for name in ("query", "key", "value")
 } | {"attention.output.dense": "o", "intermediate.dense": "fc1", "output.dense": "fc2"}
-#: transformers: the gated MLPs of LLaMA, its relatives, DINOv2 and DINOv3; the attention of LLaMA and CLIP.
+#: Names in transformers for the gated MLPs of LLaMA, its relatives, DINOv2 and DINOv3, and for the attention of LLaMA
+#: and CLIP.
 _LLAMA = {"mlp.up_proj": "fc1", "mlp.gate_proj": "gate", "mlp.down_proj": "fc2"}
 _LLAMA |= {f"self_attn.{part}_proj": part for part in "qkvo"} | {"self_attn.out_proj": "o"}
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from efft.adapting import buffers, extras
+from efft.adapting.adapter import check_not_aside
 from efft.adapting.inject import adapted_layers, adapter_of, remove
 from efft.adapting.placing import linear_layers
 from efft.config import is_number
@@ -46,8 +47,9 @@ class AdapterPool:
     Outside of :meth:`use`, the model computes the outputs of the base model. A layer is replaced when the first adapter
     that changes the layer is added. Names in the state dict do not change.
 
-    The pool stores the composed operands of each adapter in the dtype of the weights. For each layer it stacks the
-    operands of all adapters: D ``[n, in_features, r]`` and G ``[n, r, out_features]``. Layers share a stack if they
+    For each layer, an adapter has two *operands* D and G, whose product is the update. They are computed from its
+    factors. The pool stores only the operands, in the dtype of the weights. For each layer it stacks the operands of
+    all n adapters: D ``[n, in_features, r]`` and G ``[n, r, out_features]``. Layers share a stack if they
     share the operand in every adapter (as they do with EFFT's D). Lower ranks are padded with zeros to the highest
     rank. For the linear layers of a head, the pool stores weight and bias.
 
@@ -55,7 +57,7 @@ class AdapterPool:
     An adapter with trained biases or norms can therefore be used alone or in a mix, but not for single samples of a
     batch.
 
-    Adding and removing adapters changes the stacks in place, so that compiled code stays valid. The stacks are created
+    Adding and removing adapters changes the stacks in place, so compiled code stays valid. The stacks are created
     again if the capacity is exceeded (it is then doubled), and if a new adapter has a higher rank, has other layers or
     shares operands between other layers. To replay a CUDA graph with other adapters, use :meth:`fixed_batch`. Threads
     may use different adapters at the same time, while other threads add and remove adapters.
@@ -74,9 +76,9 @@ class AdapterPool:
 
     def __init__(self, model: nn.Module, capacity: int = 8) -> None:
         if capacity < 1:
-            raise ValueError(f"AdapterPool: capacity must be at least 1, got {capacity}")
+            raise ValueError(f"AdapterPool: capacity must be at least 1, got {capacity!r}")
         if any("_orig_mod" in module._modules for module in model.modules()):
-            raise ValueError("the model is compiled already: make the pool first, then torch.compile the model")
+            raise ValueError("the model is compiled already: create the pool first, then torch.compile the model")
         if hasattr(model, "efft"):
             raise ValueError(
                 "this model is adapted already: a pool needs the plain model; call efft.remove(model) first"
@@ -94,7 +96,7 @@ class AdapterPool:
         self._changing = threading.RLock()  # adapters are added one at a time, but calls of the model do not wait
         self._lock = threading.RLock()
         self._rows = capacity + 1  # row 0 belongs to the base
-        self._slots: dict[str, int] = {}
+        self._slots: dict[str, int] = {}  # adapter -> its slot, which is its row in the stacks
         self._in_use: Counter[str] = Counter()
         self._fixed: dict[FixedBatch, list[str]] = {}  # fixed batch -> the names of its adapters
         self._layers: dict[str, PooledLinear] = {}
@@ -162,6 +164,7 @@ class AdapterPool:
         with self._changing, torch.inference_mode(False):  # inference tensors could not be written later
             self._check_new(name)
             adapter = adapter_of(adapted)
+            check_not_aside(adapter, "AdapterPool.add")
             buffers.check_none(name, buffers.changed(adapted, adapter.head, adapter._base_buffers))
             layers = adapter.layers
             linear_layers(adapted_layers(adapted))
@@ -285,7 +288,7 @@ class AdapterPool:
         return batch
 
     def release(self, batch: FixedBatch) -> None:
-        """End a fixed batch. Graphs that were captured with it must not be replayed any more.
+        """End a fixed batch. Graphs that were captured with the batch must not be replayed any more.
 
         Raises:
             ValueError: the pool has no such batch.
@@ -409,19 +412,20 @@ class AdapterPool:
                 originals[layer] = _linear(self.model, layer)
                 if reads_from_stacks(originals[layer]):
                     raise ValueError(
-                        f"{layer} is updated by this adapter, and an earlier one has a bias for it without an update: "
-                        "add the adapters that update more layers first, or use one pool per adapter"
+                        f"adapter {name!r} updates {layer!r}, of which an earlier adapter only trained the bias: add "
+                        "the adapters that update more layers first, or use one pool per adapter"
                     )
                 layers[layer] = kind(originals[layer], self._selected)
             if not isinstance(layers[layer], kind):
                 raise ValueError(
-                    f"{layer} belongs to the head of one adapter and is updated by another: use one pool per adapter"
+                    f"{layer!r} belongs to the head of one adapter and is updated by another: use one pool per adapter"
                 )
         whole = tuple(f"{n}." for n, layer in layers.items() if isinstance(layer, PooledWeights))
         both = next((n for n in (*self._extras, *trained) if n.startswith(whole)), None)
         if both is not None:
             raise ValueError(
-                f"{both} belongs to the head of one adapter and to the biases of another: use one pool per adapter"
+                f"{both!r} belongs to the head of one adapter and to the biases or norms of another: use one pool per "
+                "adapter"
             )
         parts = {(n, part): t for n, pair in (operands | heads).items() for part, t in enumerate(pair) if t is not None}
         taken = set(self._slots.values())
@@ -431,10 +435,10 @@ class AdapterPool:
         moved = [place for place, stack in stacks.items() if stack is not self._stacks.get(place)]
         if moved and self._fixed:  # so far only a free row has changed
             raise RuntimeError(
-                f"adapter {name!r} needs new stacks ({moved[0][0]} first), but graphs that were captured with a fixed "
-                "batch read the present ones. Expected an adapter whose layers, ranks and sharing an earlier one had, "
-                f"and at most {self._rows - 1} adapters: make the pool with a larger capacity, add the adapter with "
-                "the largest ranks first, or release the fixed batches and capture the graphs again"
+                f"adapter {name!r} needs new stacks ({moved[0][0]!r} first), but graphs captured with a fixed "
+                "batch read the old stacks. Expected an adapter with the layers, ranks and shared operands of an "
+                f"earlier one, and at most {self._rows - 1} adapters: create the pool with a larger capacity, add the "
+                "adapter with the largest ranks first, or release the fixed batches and capture the graphs again"
             )
         for layer, pooled in layers.items():
             pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
@@ -473,11 +477,11 @@ class AdapterPool:
                 ours = find(self._twin, name)
                 if type(module) is not nn.Linear or type(ours) is not nn.Linear:
                     raise ValueError(
-                        f"expected a head of nn.Linear layers, got {name}: {type(module).__name__} (in the model "
+                        f"expected a head of nn.Linear layers, got {name!r}: {type(module).__name__} (in the model "
                         f"{type(ours).__name__}); exclude it from the head when you adapt the model (head=[...])"
                     )
                 if module.weight.shape != ours.weight.shape or (module.bias is None) != (ours.bias is None):
-                    raise ValueError(f"expected {name} to be {ours} as in the model of this pool, got {module}")
+                    raise ValueError(f"expected {name!r} to be {ours} as in the model of this pool, got {module}")
                 found[name] = (module.weight, module.bias)
         return found
 
@@ -499,5 +503,5 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     layer = find(model, name)
     if not isinstance(layer, nn.Linear):
         kind = "parameter outside of a linear layer" if layer is None else type(layer).__name__
-        raise ValueError(f"a pool serves adapters of linear layers, and {name} is a {kind}")
+        raise ValueError(f"an AdapterPool serves only adapters of linear layers, but {name!r} is a {kind}")
     return layer

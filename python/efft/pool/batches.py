@@ -1,4 +1,7 @@
-"""Check batches with one adapter per sample, and find the rows of each layer input that belong to each sample."""
+"""Check batches with one adapter per sample, and find the rows of each layer input that belong to each sample.
+
+The *rows* of an input are its vectors along the last dimension. A sample has several rows if it consists of tokens.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ def find_layouts(
 
     Returns:
         A dict from the name of each layer to its :data:`Layouts`, without the entries that are unknown or that are the
-        first dimension. The result is None if the inputs cannot be changed or if the model does not run on them.
+        first dimension. The result is None if the inputs cannot be changed, if the model does not run on them, or if
+        the two runs call different layers.
     """
     other_args = tuple(_change_first_sample(x, samples) for x in args)
     other_kwargs = {key: _change_first_sample(x, samples) for key, x in kwargs.items()}
@@ -93,7 +97,8 @@ _Run = list[tuple[str, torch.Size, Tensor, Tensor]]
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[type[nn.Module], ...]) -> _Run:
     """Run the model, and record every call of a layer.
 
-    Each entry is (name of the layer, shape of the input, one number per row [rows], norm of the largest row).
+    Each entry is (name of the layer, shape of the input, product of each row with a fixed vector [rows], norm of the
+    largest row).
     """
     calls: _Run = []
 
@@ -149,7 +154,16 @@ def check_batch(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Check, before the model runs, that the batch has as many samples as adapters were selected."""
+    """Check that a batch has as many samples as adapters were selected. The model runs this as a forward pre-hook.
+
+    Args:
+        selected: the selection of the running context. Nothing is checked if all samples use the same adapters.
+        learn: called with the inputs and the number of samples, to find the layouts (:func:`find_layouts`).
+        model, args, kwargs: the model, and the arguments of its forward.
+
+    Raises:
+        ValueError: the first tensor in the inputs has another number of samples.
+    """
     selection = selected.get()
     if selection is None or selection.weights is not None:
         return

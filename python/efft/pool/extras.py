@@ -1,4 +1,7 @@
-"""Serve adapters that have their own biases and norms from a pool."""
+"""Let the adapters of an ``AdapterPool`` have their own values of biases and norms.
+
+A *stack* holds the values of one parameter for all adapters, one per row. The *slot* of an adapter is its row.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +65,8 @@ def write_extras(
 ) -> dict[str, Tensor]:
     """Write the values of an adapter into row ``slot``, and return the stacks.
 
-    A stack that has ``rows`` rows is changed in place. Other stacks are replaced by larger copies, and missing
-    stacks are created. If the adapter has no value for a parameter, the value in ``base`` is written.
+    A stack that has ``rows`` rows is changed in place. Other stacks are replaced by larger copies, and missing stacks
+    are created. If the adapter has no value for a parameter, the value in ``base`` is written.
     """
     result = {}
     for name in [*stacks, *(name for name in new if name not in stacks)]:

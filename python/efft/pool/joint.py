@@ -1,6 +1,7 @@
-"""Define the layers of a backbone that several adapted models share in training.
+"""Define the layers of a backbone that several adapted models share in training (:class:`efft.SharedBackbone`).
 
-A *part* of a batch consists of the samples of one model.
+A *pass* is one forward pass of the backbone with a batch of the samples of several models. A *part* of the batch
+consists of the samples of one model.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class JointDelta(PooledDelta):
         biases = [layer._parameters.get("bias") for layer in layers.values()]
         self.own_bias = any(bias is not None and bias.requires_grad for bias in biases)
         if self.own_bias and not is_plain(linear.weight):
-            raise ValueError(f"expected a plain weight beside a trained bias, got a {type(linear.weight).__name__}")
+            raise ValueError(f"expected a plain weight next to a trained bias, got a {type(linear.weight).__name__}")
         self.probing = False  # True while a pass of the base model detects the order of the samples
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]

@@ -21,9 +21,10 @@ def to_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device
 
 
 class FixedBatch:
-    """Select adapters for a batch in a tensor that never moves, so that a CUDA graph can use others later.
+    """Hold the choice of an adapter for each sample of a batch, in a tensor whose address never changes.
 
-    :meth:`efft.AdapterPool.fixed_batch` creates it. All samples use the base at first. Capture the graph within
+    A CUDA graph that reads this tensor can be replayed with other adapters. :meth:`efft.AdapterPool.fixed_batch`
+    creates objects of this class. All samples use the base model at first. Capture the graph within
     ``with pool.use(batch)``, and call :meth:`select` between replays.
 
     Attributes:
@@ -39,8 +40,8 @@ class FixedBatch:
     def select(self, names: Sequence[str | None]) -> None:
         """Use these adapters from now on, one name for each sample; None is the base.
 
-        On a GPU, the change is made in the order of the current stream: replays that were launched on that stream
-        before still use the earlier adapters. The host does not wait. Selected adapters cannot be removed from the
+        On a GPU, the change is made in the order of the current stream. Earlier replays on that stream therefore still
+        use the old adapters. The host does not wait. Selected adapters cannot be removed from the
         pool.
 
         Raises:

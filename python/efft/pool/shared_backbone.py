@@ -45,8 +45,8 @@ class SharedBackbone(nn.Module):
         sum(loss(outputs[name], labels[name]) for name in outputs).backward()
 
     Args:
-        models: the models by name, as a mapping or as pairs. A generator may create the pairs one at a time. As soon as
-            a model arrives, the frozen parameters of the first model replace its own, which frees memory.
+        models: the models by name, as a mapping or as pairs. A generator may create the pairs one at a time. Each model
+            gets the frozen parameters of the first model before the next one is created, which frees memory.
         seeds: maps the name of each model to the seed of its random numbers in training (factor dropout). The numbers
             are those after ``torch.manual_seed(seed)`` in a training of this model alone. Without seeds, all models
             draw from torch's global random generator.
@@ -121,8 +121,8 @@ class SharedBackbone(nn.Module):
         Raises:
             ValueError: a name is unknown; the inputs do not fit together; a module that updates buffers is in training
                 mode; or an output has no dimension for the samples.
-            RuntimeError: seeds were given, and a frozen module draws random numbers (dropout), which the models could
-                not repeat alone.
+            RuntimeError: seeds were given, and a frozen module draws random numbers (dropout). A model that is trained
+                alone would draw other numbers.
         """
         models = self.models
         unknown = [name for name in batches if name not in models]
@@ -174,8 +174,8 @@ class SharedBackbone(nn.Module):
         stray = [n for n, p in model.named_parameters() if p.requires_grad and n not in own]
         if stray:
             raise ValueError(
-                f"model {name!r}: {stray[0]} is trained beside factors, head, biases and norms; freeze it, or adapt "
-                "with head=[...] that names its module"
+                f"model {name!r}: {stray[0]!r} is trained in addition to factors, head, biases and norms; freeze it, "
+                "or name its module in head=[...] when you adapt the model"
             )
         if self._names:
             first: Any = self._members[0]
@@ -193,7 +193,7 @@ class SharedBackbone(nn.Module):
         backbone = twin_of(first)
         copied = adapter_of(backbone)
         # The twin shares memory with the first model, whose trained values must not be reset.
-        copied._base_extras, copied._base_buffers = {}, {}
+        copied._base_extras, copied._base_buffers, copied._unknown = {}, {}, set()
         remove(backbone)
         own = _trained(first, adapter)
         shared = dict(first.named_parameters(remove_duplicate=False))
@@ -227,7 +227,7 @@ class SharedBackbone(nn.Module):
         changing = next((n for n, m in self.backbone.named_modules() if m.training and m in self._statistics), None)
         if changing is not None:
             raise ValueError(
-                f"{changing} updates its buffers in training, with the samples of all models: adapt the models with "
+                f"{changing!r} updates its buffers in training, with the samples of all models: adapt the models with "
                 "freeze_statistics=True, or train them one by one"
             )
 
@@ -291,7 +291,7 @@ class SharedBackbone(nn.Module):
             for name, module in self.backbone.named_modules()
             if module.training and any(getattr(module, rate, 0) for rate in ("p", "drop_prob", "drop_rate"))
         ]
-        where = f", probably {drawing[0]}," if drawing else ""
+        where = f", probably {drawing[0]!r}," if drawing else ""
         raise RuntimeError(
             f"a frozen module{where} draws random numbers for all models at once, which a model that is trained alone "
             "would not draw: set the rates of dropout and drop path in the backbone to 0, or pass no seeds"
@@ -320,7 +320,9 @@ def _owners(model: nn.Module, adapter: Adapter) -> list[str]:
             continue
         if not module or any(model.get_submodule(module).children()):
             kind = type(model.get_submodule(module)).__name__
-            raise ValueError(f"{name} is trained and belongs to a {kind}, which has submodules: train the models alone")
+            raise ValueError(
+                f"{name!r} is trained and belongs to a {kind}, which has submodules: train the models alone"
+            )
         if module not in owners:
             owners.append(module)
     return owners
@@ -337,7 +339,7 @@ def _check_alike(name: str, model: nn.Module, other: str, first: nn.Module) -> N
         if set(got) != set(expected):
             differing = sorted(set(got) ^ set(expected))
             raise ValueError(
-                f"expected the same {what} in all models, but {differing[0]} is among those of only one of {other!r} "
+                f"expected the same {what} in all models, but {differing[0]!r} is among those of only one of {other!r} "
                 f"and {name!r} ({len(differing)} differ)"
             )
 
@@ -349,9 +351,9 @@ def _share(name: str, model: nn.Module, first: nn.Module, own: set[str]) -> None
     for full, parameter in mine.items():
         other = theirs.get(full)
         if other is None or other.shape != parameter.shape or other.dtype != parameter.dtype:
-            raise ValueError(f"model {name!r}: the first model has no parameter {full} of this shape and dtype")
+            raise ValueError(f"model {name!r}: the first model has no parameter {full!r} of this shape and dtype")
         if parameter is not other and not torch.equal(dequantized(parameter.detach()), dequantized(other.detach())):
-            raise ValueError(f"model {name!r}: {full} differs from the first model's; adapt models of one base")
+            raise ValueError(f"model {name!r}: {full!r} differs from the first model's; adapt models of one base")
     originals = adapter_of(model)._originals
     for full in mine:
         owner, _, key = full.rpartition(".")

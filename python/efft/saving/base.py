@@ -47,7 +47,7 @@ def base_problems(model: nn.Module, layers: list[str], saved: dict[str, Any]) ->
     others = fingerprint.find_differences(layers, ours["sketch"], theirs, ours["dtype"], saved["dtype"])
     if ours["dtype"] != saved["dtype"] and others:
         return [
-            f"the base weights are not those it was trained on ({len(others)} layers, {min(others)} first, differ by "
+            f"the base weights are not those it was trained on ({len(others)} layers, {min(others)!r} first, differ by "
             f"more than the rounding errors of {saved['dtype']} and {ours['dtype']}); load the same pretrained weights"
         ]
     return []

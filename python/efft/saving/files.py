@@ -1,4 +1,7 @@
-"""Write single files and adapters atomically. If the process is killed, either the old or the new content remains."""
+"""Write single files and adapters atomically, and read them.
+
+If a process that writes is killed, either the old or the new content remains (except with :func:`write_pair`).
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from efft.adapting import buffers, extras
+from efft.adapting.adapter import check_not_aside
 from efft.adapting.inject import Adapter, adapted_layers, adapter_of, apply_plan, check_plain
 from efft.adapting.offload import hooks_aside
 from efft.adapting.sharding import check_not_zeros, copy_whole_, once, reshard, whole
@@ -58,8 +59,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         path: the folder, which is created if needed. An earlier adapter in the folder is replaced atomically. If the
             process is killed, the folder holds either the old or the new adapter
             (:func:`efft.saving.files.write_adapter`).
-        info: facts to store with the weights (accuracy, command, ...), which must be convertible to JSON. The model
-            card shows these facts.
+        info: facts to store with the weights (accuracy, command, ...). They must be convertible to JSON. The model card
+            shows them.
 
     Returns:
         The folder.
@@ -69,10 +70,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         TypeError: ``info`` cannot be converted to JSON.
         OSError: the disk is full, or permission is missing. After every error, the folder still holds the earlier
             adapter.
-        RuntimeError: raised in the other processes if rank 0 could not write.
+        RuntimeError: rank 0 could not write (raised in the other processes), or the model is within a block of
+            :func:`efft.disabled` that has replaced trained biases, norms or buffers.
     """
     model = unwrap(model)
     adapter, folder = adapter_of(model), Path(path)
+    check_not_aside(adapter, "save_adapter")
     reshard(model)
     others = buffers.changed(model, adapter.head, adapter._base_buffers)
     trained = _adapter_tensors(model, adapter) | others
@@ -140,6 +143,7 @@ def load_described(model: nn.Module, folder: Path, description: dict[str, Any], 
     adapted = isinstance(adapter, Adapter)
     if isinstance(adapter, Adapter):
         model = unwrap(model)
+        check_not_aside(adapter, "load_adapter")
         if any(layer.merged for layer in adapted_layers(model).values()):
             raise ValueError("an update is merged into this model's weights; call efft.unmerge(model) before loading")
         _compare_configs(adapter, config, folder)
@@ -265,7 +269,7 @@ def _find_misplaced(plan: Plan) -> list[str]:
         for name, weight in plan.weights_of(group).items():
             expected, sizes = factors.sizes(group.sites[name]), (weight.d_in, weight.d_out)
             if expected != sizes or getattr(group.sites[name], "experts", 0) != weight.n_experts:
-                found.append(f"{name} is of size {sizes}, but its update in the adapter is of size {expected}")
+                found.append(f"{name!r} is of size {sizes}, but its update in the adapter is of size {expected}")
     return found
 
 

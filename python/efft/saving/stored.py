@@ -21,7 +21,7 @@ def check_stored(updates: Mapping[str, Update], operation: str) -> None:
             continue
         kept = [key for key in (*module._parameters, *module._buffers, *module._modules) if key not in _OWN]
         raise ValueError(
-            f"efft.{operation}: {name} computes its weight in each pass from {', '.join(kept)} (a pruning mask, "
+            f"efft.{operation}: {name!r} computes its weight in each pass from {', '.join(kept)} (a pruning mask, "
             "weight_norm, spectral_norm or something similar was added after efft.apply), so it does not use the "
             "stored weight: make it an ordinary weight first (prune.remove, parametrize.remove_parametrizations)"
         )

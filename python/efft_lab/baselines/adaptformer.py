@@ -1,5 +1,7 @@
 """Apply AdaptFormer: replace MLP(z) in every block by MLP(z) + s * Up(ReLU(Down(z))), where z = LayerNorm(x).
 
+Down and Up are trained linear layers that reduce and restore the width, and s is a constant.
+
 Reference: Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022 (arXiv
 2205.13535). In a model with LayerScale, LayerScale multiplies the sum. With width 8, the new layers of a ViT-B have the
 0.16 M parameters that published VTAB-1K tables state for this method.

@@ -52,7 +52,9 @@ def check(name: str, settings: Mapping[str, Any]) -> None:
     known = settings_of(name)
     unknown = sorted(settings.keys() - known.keys())
     if unknown:
-        raise ValueError(f"method {name!r} has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"method {name!r} has no setting {', '.join(map(repr, unknown))}; it has: {', '.join(known) or 'none'}"
+        )
     for setting, value in settings.items():
         typed.check(f"{setting} of method {name!r}", value, known[setting])
         if known[setting] is int and value < 1:

@@ -1,7 +1,7 @@
 """Provide the command `efft`. `efft COMMAND --help` explains each command.
 
-This module imports neither torch, timm nor accelerate. A command imports only the packages that it needs, which keeps
-the start-up time of simple commands short.
+Importing this module does not import torch, timm or accelerate. A command imports only the packages that it needs,
+which keeps the start-up time of simple commands short.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _dispatch(name: str, words: list[str]) -> int:
             print(f"usage: efft env\n\n{_SUMMARY['env']}")
             return 0
         if words:
-            raise ValueError(f"env takes no arguments, got {' '.join(words)}")
+            raise ValueError(f"env takes no arguments, got {' '.join(words)!r}")
         from efft_kernels import env
 
         print(env.report())

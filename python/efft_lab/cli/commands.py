@@ -103,7 +103,7 @@ def evaluate(
             the intersection over union of each class (segmentation), or the mean absolute error of each value
             (regression).
         batch_size: number of images that are computed at a time.
-        amp: number format for autocast; no means fp32 without autocast.
+        amp: number format for autocast (no: fp32 without autocast).
         checkpoint: file with the weights of the base model, if the file has moved since training.
     """
     from efft_lab.train.build import load_task_for, load_trained
@@ -220,7 +220,11 @@ def inspect(
 
 
 def data_list() -> None:
-    """List the known data sets with the size of the download, the license and the source."""
+    """List the known data sets, with the size of the download, the license and the source.
+
+    The column trivial is the best test accuracy, in percent, of predictors that do not recognize objects, such as the
+    most frequent class. The column ready tells whether the data set is in the cache.
+    """
     import efft_lab.data
 
     print(efft_lab.data.list_table())

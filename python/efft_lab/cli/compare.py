@@ -28,14 +28,16 @@ def compare(
 ) -> None:
     """Compare methods on tasks with several seeds. After an interruption, the same command executes the remaining runs.
 
-    A suite is the description of a comparison: its tasks, methods, seeds and settings.
+    A suite is the description of a comparison: its tasks, methods, seeds and settings. Search runs choose the settings
+    of a method on the validation split. Final runs use the chosen settings and are tested.
 
     Args:
         file: JSON file with the suite; the docstring of efft_lab.compare.suite.Suite describes its fields.
         suite: name of a suite of this package, instead of a file. Choose local (six small tasks, fifteen methods),
             local_efft2 (the same tasks with variants of EFFT2), local_long (the same tasks with EFFT2 and LoRA, ten
             epochs instead of three), local_grid (three tasks with a grid of ranks and scales), twelve (twelve small
-            tasks, ten epochs) or vtab1k (the EFFT paper's 19 tasks; their files must be in the folder --data).
+            tasks, ten epochs), hundred_epochs (three of these tasks with the training recipe of the EFFT paper) or
+            vtab1k (the paper's 19 tasks; their files must be in the folder --data).
         quick: run the small variant of the suite.
         full: run the complete suite. This is also the default.
         report: do not run anything, but write tables, tests and plots of the existing results next to the result file.
@@ -46,7 +48,7 @@ def compare(
         epochs: number of passes over the training images, instead of the suite's value.
         batch_size: number of images per update, instead of the suite's value.
         methods: names of methods in the suite. Only their runs are executed now. A report still covers all methods.
-        seeds: seeds of the suite. Only final runs with these seeds are executed now (and all search runs).
+        seeds: seeds of the suite. Only the final runs with these seeds, and all search runs, are executed now.
         jobs: number of simultaneous runs; each gets an equal share of the processors.
         out: result file; by default, compare_NAME.jsonl in benchmarks/results (in a source checkout) or in the current
             folder (otherwise).
@@ -76,4 +78,4 @@ def compare(
     from efft_lab.compare.runner import compare as run
 
     count = run(agenda, results, jobs, data)
-    print(f"{count} runs done, results in {results}; the same command with --report sums them up")
+    print(f"{count} runs done, results in {results}; the same command with --report summarizes them")

@@ -28,9 +28,10 @@ def model_table(name: str, classes: int, image_size: int | None, config: EfftCon
 
 
 def adapter_table(folder: Path) -> str:
-    """Return a text with the settings, the facts and a table of the tensors of a saved adapter.
+    """Return a text about a saved adapter: its settings, the facts that it records, and a table of its tensors.
 
-    Only the files of the adapter are read. ``folder`` is the folder of the adapter or of its run.
+    Facts are, for example, the name of the base model and the test scores. Only the files of the adapter are read.
+    ``folder`` is the folder of the adapter or of its run.
     """
     folder = folder if (folder / CONFIG).is_file() else folder / "adapter"
     description, tensors = io.read_adapter(folder)

@@ -21,7 +21,8 @@ from efft_lab.compare.suite import TRIVIAL, Suite, merge_settings
 from efft_lab.data import vtab_hyperparameters
 from efft_lab.train.config import TrainConfig
 
-#: Fields of ``TrainConfig`` that do not change a result: storage locations, and the frequency of records.
+#: Fields of ``TrainConfig`` that do not change a result: the place of the data, the number of processes that load data,
+#: and how often losses and checkpoints are written.
 _PLACES = ("data_root", "workers", "log_every", "checkpoint_every")
 
 Record = Mapping[str, Any]
@@ -101,7 +102,7 @@ class Agenda:
     def pairs(self) -> list[tuple[str, str]]:
         """Return every pair (task, method), ordered by method.
 
-        In this order, the first methods are finished on all tasks before the next methods start.
+        If the runs are executed in this order, the first methods can soon be compared on all tasks.
         """
         return [(task, method) for method in self.suite.methods for task in self.suite.tasks]
 
@@ -161,7 +162,7 @@ class Agenda:
         return [done[key] for key in keys if key in done]
 
     def _check(self, run: Run) -> None:
-        """Raise an error if the settings of a run are invalid. Without this check, the error could come hours later."""
+        """Raise an error if the settings of a run are invalid. Otherwise, the error would appear only in the run."""
         trivial = {"method": "linear"} if run.config["method"] in TRIVIAL else {}
         try:
             TrainConfig.from_dict({**run.config, **trivial})

@@ -35,7 +35,7 @@ def accuracy_against_parameters(scores: Scores, parameters: Mapping[str, float],
         axes.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", capsize=3, label=method)
     figure.legend(loc="outside right center", fontsize=8)
     axes.set_xscale("symlog", linthresh=10_000)  # a logarithmic axis that can show zero parameters
-    axes.set_xlabel("trained parameters beside the classifier")
+    axes.set_xlabel("trained parameters, excluding the classifier")
     axes.set_ylabel("mean test accuracy, %")
     axes.grid(alpha=0.3)
     figure.savefig(target, dpi=150)

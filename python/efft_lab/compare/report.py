@@ -247,7 +247,10 @@ def _leaks(scores: Scores, methods: Sequence[str], entries: Mapping[str, Mapping
             beaten = [method for method, value in known.items() if value <= easy[best]]
             if beaten:
                 lines.append(f"- {task}: {best} reaches {easy[best]:.1f}, at least as much as {', '.join(beaten)}.")
-    note = "On some tasks, a predictor that does not recognize objects is as good as a method. Read them with care:"
+    note = (
+        "On some tasks, a predictor that does not recognize objects is as good as a method. "
+        "Interpret these results with care:"
+    )
     return ["\n".join([note, "", *lines])] if lines else []
 
 
@@ -267,7 +270,7 @@ def quote_literature(tasks: list[str]) -> list[str]:
     """Return tables with results from the literature. They are kept apart from the results of this repository."""
     published = json.loads((files("efft_lab.compare") / "published_vtab1k.json").read_text("utf-8"))
     shares = [weights({task: VTAB[task].group for task in VTAB}, categorical) for categorical in (True, False)]
-    parts = ["## Published figures, not ours", published["about"]]
+    parts = ["## Published results from other papers", published["about"]]
     heading = ["method", "parameters", *tasks, "categorical mean", "overall mean", "source"]
     for name, about in published["tables"].items():
         rows = []
@@ -328,5 +331,5 @@ def _machines(records: Sequence[Record]) -> list[str]:
         hours = sum(record.get("cpu_seconds", 0) for record in own) / 3600
         by_method = Counter(record["method"] for record in own)
         parts = "; ".join(f"{method} {count}" for method, count in by_method.items()) if len(owns) > 1 else ""
-        lines.append(f"{machine}: {len(own)} final runs, {hours:.1f} hours of processors" + (parts and f" ({parts})"))
+        lines.append(f"{machine}: {len(own)} final runs, {hours:.1f} processor hours" + (parts and f" ({parts})"))
     return lines

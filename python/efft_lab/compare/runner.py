@@ -1,6 +1,7 @@
 """Execute the runs of an agenda that have no result yet. Several runs are executed at the same time.
 
-Each run is executed in a worker, a separate process. Its result is written to the result file immediately.
+A worker is a separate process that executes one run after the other. The result of a run is written to the result file
+immediately.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Worker:
     Args:
         threads: number of threads of the process.
         log: file for the warnings and tracebacks of the process.
-        answers: queue to which each answer of the process is added, as a pair of this object and the answer. If the
-            process ends, the answer None is added.
+        answers: queue that receives a pair (this object, answer) for each answer of the process. When the process has
+            ended, the queue receives (this object, None).
     """
 
     def __init__(self, threads: int, log: IO[bytes], answers: queue.SimpleQueue[Any]) -> None:
@@ -119,7 +120,9 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
                     store.append(record)
                     progress.show(run, record)
                 elif error is None:  # no run starts after an error, but the results of the other processes are saved
-                    error = f"{run}: {_reason(worker, answer)}; details in {log.name}, then run the same command again"
+                    error = (
+                        f"{run}: {_reason(worker, answer)}; see {log.name}, and run the same command again after a fix"
+                    )
                     log.write(((answer or {}).get("trace") or "").encode())
                     if answer is None:
                         workers.remove(worker)
@@ -138,7 +141,7 @@ def _record(run: Run, result: dict[str, Any], common: dict[str, Any]) -> dict[st
 
 def _reason(worker: Worker, answer: dict[str, Any] | None) -> str:
     if answer is None:
-        return f"its process ended with exit code {worker.process.wait()} (-9: killed, often for lack of memory)"
+        return f"the process ended with exit code {worker.process.wait()} (-9: killed, often for lack of memory)"
     return str(answer["error"])
 
 

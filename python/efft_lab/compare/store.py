@@ -19,7 +19,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     An incomplete last line, as after a crash, is ignored.
 
     Raises:
-        ValueError: another line is damaged.
+        ValueError: a line that is not the incomplete last line is damaged.
     """
     records = {}
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):

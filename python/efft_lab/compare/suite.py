@@ -78,7 +78,7 @@ class Suite:
         for name in ("seeds", "search_seeds"):
             seeds = getattr(self, name)
             if min(seeds, default=0) < 0 or len(set(seeds)) < len(seeds):
-                raise ValueError(f"{name} must be distinct integers >= 0, got {seeds}; a seed must not repeat")
+                raise ValueError(f"{name} must be distinct integers >= 0, got {seeds}")
         typed.check_names("train", self.train, _RECIPE)
         for task, settings in self.tasks.items():
             _check_task(task)
@@ -113,12 +113,12 @@ def _check_method(where: str, settings: Any) -> None:
     typed.check_names(where, settings, _METHOD)
     kind = settings.get("method")
     if kind is None:
-        raise ValueError(f"{where} must say which: method = efft, full, ..., or {', '.join(TRIVIAL)}")
+        raise ValueError(f"{where} lacks the entry 'method', such as efft or full, or one of {', '.join(TRIVIAL)}")
     typed.check(f"{where}, vtab_settings", settings.get("vtab_settings"), Literal["efft1", "efft2"] | None)
     grid = settings.get("grid", {})
     typed.check(f"{where}, grid", grid, dict)
     if grid and kind in TRIVIAL:
-        raise ValueError(f"{where} has a grid, but {kind} has nothing to set; remove the grid")
+        raise ValueError(f"{where} has a grid, but {kind!r} has no settings; remove the grid")
     for setting, values in grid.items():
         _check_setting(f"{where}, grid", setting, str(kind))
         if not isinstance(values, list) or not values:
@@ -141,7 +141,9 @@ def _check_setting(where: str, setting: str, method: str) -> None:
     known = METHODS.get(method)
     own = known.group if known is not None and known.group else "adapter"
     if head != own:
-        raise ValueError(f"{where}: {setting!r} is not read by method {method!r}, whose own settings are {own}....")
+        raise ValueError(
+            f"{where}: {setting!r} is not read by method {method!r}; the names of its settings begin with '{own}.'"
+        )
     types = known.setting_types() if known is not None else {}
     typed.check_names(f"{where} ({head}.)", [field_name], types, "setting")
 
@@ -184,7 +186,7 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
     elif Path(name).is_file():
         values = read_json(Path(name))
     else:
-        raise FileNotFoundError(f"there is no suite file {name}; the suites by name are {', '.join(names())}")
+        raise FileNotFoundError(f"there is no suite file {name!r}; the suites by name are {', '.join(names())}")
     typed.check(f"the suite {name}", values, dict)
     known = {item.name for item in dataclasses.fields(Suite)}
     small = values.pop("quick", None)
@@ -192,7 +194,7 @@ def load(path_or_name: str | Path, quick: bool = False, train: Mapping[str, Any]
     empty: dict[str, Any] = {"name": Path(name).stem, "tasks": {}, "methods": {}, "seeds": []}
     suite = Suite(**{**empty, **values})
     if small is None and quick:
-        raise ValueError(f"the suite {name} has no quick variant; leave out --quick")
+        raise ValueError(f"the suite {name!r} has no quick variant; leave out --quick")
     if small is not None:
         variant = _quick(suite, small)
         suite = variant if quick else suite

@@ -131,8 +131,8 @@ class _Features(FeatureTask):
 def main() -> None:
     """Answer every line of the standard input.
 
-    When the standard input is closed, the process ends immediately, even during a run. It therefore also ends when the
-    process that started it is killed.
+    When the standard input is closed, the process ends immediately, even during a run. The standard input is also
+    closed when the process that started this one is killed.
     """
     if not torch.cuda.is_available():
         # On CPUs, the backward pass of PyTorch's fused attention in bf16 takes 4 times as long as that of attention by

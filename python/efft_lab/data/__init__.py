@@ -3,9 +3,9 @@
 The tasks are VTAB-1K, your own folders, the data sets of torchvision, data sets in packages of PyPI, npm and Debian
 ("packaged"), and data sets that this package draws itself ("generated" without and "rendered" with a renderer).
 
-``names()`` lists the known tasks, ``describe(name)`` describes a task, and ``load(name)`` returns its splits ``train``,
-``val``, ``trainval`` (both together) and ``test``. Importing this package downloads nothing. ``load`` and ``fetch``
-print a message to stderr before they download or draw data.
+``names()`` lists the known tasks, ``describe(name)`` describes a task, and ``load(name)`` returns a task with its
+splits ``train``, ``val``, ``trainval`` (both together) and ``test``. Importing this package downloads nothing. ``load``
+and ``fetch`` print a message to stderr before they download or draw data.
 """
 
 from efft_lab.data.baselines import nearest_neighbors, trivial_baselines

@@ -95,7 +95,7 @@ def fetch_archive(archive: Archive, suffix: str | None = None) -> Path:
         found = [path for path in Path(scratch).iterdir() if path.name.endswith(suffix)]
         if len(found) != 1:
             names = sorted(path.name for path in Path(scratch).iterdir())
-            raise RuntimeError(f"expected {archive} to give one *{suffix} file, got {names}")
+            raise RuntimeError(f"expected one *{suffix} file from {archive}, got {names}")
         _verify(found[0], archive)
         os.replace(found[0], target)
     return target
@@ -131,7 +131,7 @@ def _command(archive: Archive, target: Path) -> tuple[str, ...]:
 
 
 def _missing(what: str, archive: Archive, target: Path) -> str:
-    return f"fetching {archive} needs {what}; or put the file at {target}"
+    return f"fetching {archive} needs {what}; install it, or put the file at {target}"
 
 
 def _run(command: tuple[str, ...], folder: Path, archive: Archive, target: Path) -> None:

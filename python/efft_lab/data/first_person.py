@@ -35,7 +35,7 @@ _SPOT = 20  # height and width of the center region in pixels of the large image
 _EVEN = 0.12  # maximum range of the depth in the center region, relative to its median
 _DARKEST = 20.0  # minimum mean brightness (maximum 255)
 _PER_PLACE = 6  # number of views tried from every position
-_TRIED = 6  # number of views tried per required view, because two thirds are rejected and class sizes differ
+_TRIED = 6  # number of views tried per required view: two thirds are rejected, and class sizes differ
 
 Views = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]  # [n, 64, 64, 3], depths [n]
 
@@ -91,7 +91,9 @@ def collect(level: int, most: int, rng: np.random.RandomState) -> Views:
                 game.make_action([turn], 2)
                 state = game.get_state()
                 if state is None:
-                    raise RuntimeError(f"level {level} ended at {x}, {y}: expected nothing there that ends a level")
+                    raise RuntimeError(
+                        f"level {level} ended when the player was moved to {x}, {y}, but no position should end it"
+                    )
                 view = _judge(state.screen_buffer, state.depth_buffer)
                 if view is not None and abs(state.game_variables - (x, y)).max() < 1:
                     images.append(view[0])

@@ -23,7 +23,7 @@ PARTS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-TEST_SHARE, VAL_SHARE = 0.2, 0.2  # share of the training images, and share of the training images that then remain
+TEST_SHARE, VAL_SHARE = 0.2, 0.2  # of the training images; the second share is of those that remain after the first
 
 
 def read(folder: Path, seed: int) -> tuple[TaskInfo, Splits]:
@@ -82,7 +82,7 @@ def roles(folder: Path, parts: Mapping[str, FileImages], names: Sequence[str], s
         if few:
             raise ValueError(f"dividing {folder} into train, val and test needs 3 images per class; too few: {few}")
         if given_val is not None:
-            notify(f"{folder} has no test part: a fifth of the training images is used for it")
+            notify(f"{folder} has no test part: a fifth of the training images becomes the test set")
         # Copies of validation images must not be in the test set.
         free = pool if given_val is None else pool[~np.isin(groups[pool], groups[given_val])]
         pool, chosen = _divide(train.labels, pool, free, groups, round(TEST_SHARE * len(pool)), 0)
@@ -100,8 +100,8 @@ def roles(folder: Path, parts: Mapping[str, FileImages], names: Sequence[str], s
 def find_parts(folder: Path) -> dict[str, Path]:
     """Return a mapping from each part to its folder, or an empty mapping if the folder is not divided into parts.
 
-    If only one subfolder has the name of a part, it may be a class with this name. It is a class if there are other
-    subfolders and if it has no subfolders itself.
+    If only one subfolder has the name of a part, this subfolder may be a class with that name. It is treated as a class
+    if there are other subfolders and if it has no subfolders itself.
 
     Raises:
         ValueError: one part has two folders, or the folder for training is missing.

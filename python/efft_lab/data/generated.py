@@ -220,7 +220,7 @@ def _place(radius: Floats, objects: npt.NDArray[np.int64], rng: np.random.Random
     """Draw positions [n, MOST, 2] of objects that do not touch each other, for all images at once.
 
     If 300 attempts do not suffice for an image, all its objects are placed again, with the same number and sizes. The
-    placement therefore changes neither the distribution of the numbers nor that of the sizes.
+    number and the sizes of the objects therefore do not depend on the placement.
     """
     position = np.zeros((*radius.shape, 2))
     placed = np.zeros(len(radius), np.int64)

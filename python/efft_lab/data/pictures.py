@@ -66,9 +66,9 @@ def as_rgb(image: Any) -> Any:
     """Convert an image to the form that an image viewer shows: an RGB ``PIL.Image.Image`` with 8 bits per channel.
 
     - The EXIF orientation is applied.
-    - Integers of 16 bits are divided by 65535. If the metadata of the file state another range (12 bits per sample, or
-      the TIFF tags for the minimum and maximum value), that range is used. If a file with 12-bit numbers states 16
-      bits, its image becomes dark, because a single image does not reveal the mistake.
+    - Integers of 16 bits are divided by 65535. If the file states another range (12 bits per sample, or the TIFF tags
+      for the minimum and maximum value), that range is used. If a file with 12-bit numbers states 16 bits, its image
+      becomes dark, because a single image does not reveal the mistake.
     - Floating-point numbers must be within 0..1, or the file must state their minimum and maximum.
     - For signed and 32-bit integers, the file must state the minimum and maximum, because the ranges of these types are
       not ranges of brightness.
@@ -100,7 +100,7 @@ def _in_eight_bits(image: Any, tags: dict[int, Any]) -> npt.NDArray[np.uint8]:
     least, greatest = _range(image, tags)
     if not (values.min() >= least and values.max() <= greatest):  # also true if a value is NaN
         raise ValueError(
-            f"expected grey values from {least:g} to {greatest:g}, got {values.min():g} to {values.max():g}; store "
+            f"expected gray values from {least:g} to {greatest:g}, got {values.min():g} to {values.max():g}; store "
             "them as 8 or 16 bits, as floating-point numbers within 0..1, or with their range (TIFF tags 340 and 341)"
         )
     shares = (values - least) / (greatest - least)
@@ -121,7 +121,7 @@ def _range(image: Any, tags: dict[int, Any]) -> tuple[float, float]:
     )
     if least is None or greatest is None or not least < greatest:
         raise ValueError(
-            "the range of its signed or 32-bit grey values is not known; store them as 8 or 16 bits, as floating-point "
+            "the range of the signed or 32-bit gray values is not known; store them as 8 or 16 bits, as floating-point "
             "numbers within 0..1, or with their range (TIFF tags 340 and 341)"
         )
     return float(least), float(greatest)

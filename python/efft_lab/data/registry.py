@@ -95,7 +95,9 @@ def load(
     if name in names():
         source = _source(name)
         if source.INFOS[name].kind != kind:
-            raise ValueError(f"{name} is a task of {source.INFOS[name].kind}, not of {kind}: give a folder of your own")
+            raise ValueError(
+                f"{name!r} is a task of {source.INFOS[name].kind}, not of {kind}: give a folder of your own"
+            )
         _check_license(source.INFOS[name], allow_non_commercial)
         info, splits = source.read(name, _root(source, root), seed)
     elif Path(name).is_dir() or (kind == "regression" and Path(name).is_file()):
@@ -112,7 +114,7 @@ def fetch(name: str, root: str | Path | None = None, allow_non_commercial: bool 
 
     Args:
         name: A name from :func:`names`.
-        root: Same as for :func:`load`.
+        root: Folder of the prepared data, as for :func:`load`.
         allow_non_commercial: Whether to accept a license that forbids commercial use.
 
     Raises:
@@ -155,8 +157,8 @@ def _source(name: str) -> _Source:
 def _unknown(name: str) -> str:
     near = nearest(name, names(), 4)
     near += [known for known in names() if name.lower() in known and known not in near]
-    hint = f"near names: {', '.join(near)}" if near else f"known: {', '.join(names())}"
-    return f"{name!r} is no known task ({hint})"
+    hint = f"similar names: {', '.join(near)}" if near else f"known names: {', '.join(names())}"
+    return f"{name!r} is not a known task ({hint})"
 
 
 def _root(source: _Source, root: str | Path | None) -> Path:

@@ -1,11 +1,12 @@
-"""Draw tasks with renderers: ray-traced scenes on a ground, views of a 3-D world, and letters in many fonts.
+"""Draw tasks with renderers: ray-traced scenes, views of a 3-D world, and letters in many fonts.
 
 The tasks resemble tasks of VTAB (from CLEVR, small NORB, DMLab and SVHN). They do not imitate the pixels of the
 original sets, and accuracies must not be compared with those on the original sets.
 
-A set is drawn once, which takes minutes, and is stored in the cache. :data:`RECORDED` contains the hash of each set
-that was used for the results in this repository. On another processor or with another release of a renderer, rounding
-errors and therefore hashes may differ. Such a set is used nevertheless, and a message on stderr reports the difference.
+A set is drawn once, which takes minutes, and is stored in the cache. :data:`RECORDED` contains the hashes of the sets
+with which the results in this repository were computed. On another processor or with another release of a renderer,
+rounding errors, and therefore hashes, may differ. Such a set is still used, and a message on stderr reports the
+difference.
 """
 
 from __future__ import annotations

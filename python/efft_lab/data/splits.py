@@ -1,7 +1,7 @@
-"""Split image sets at random.
+"""Split image sets at random, and find copies of images.
 
-The splits are deterministic (they depend only on a seed), stratified (each has about the class proportions of the whole
-set), and keep copies of one image together.
+The splits depend only on a seed. They are stratified: each has about the class proportions of the complete set. Copies
+of one image stay in the same split if :func:`stratified_split` gets the numbers from :func:`duplicate_groups`.
 """
 
 import hashlib

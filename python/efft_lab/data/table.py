@@ -1,9 +1,9 @@
-"""Read regression data: a CSV file with paths of image files in the first column and values to predict in the others.
+"""Read regression data: CSV files with the paths of images in the first column and values to predict in the others.
 
-The first line of the file names the columns. The paths are relative to the folder of the CSV file. The data is either
-one CSV file, or a folder with ``train.csv`` and optionally ``val.csv`` and ``test.csv``. These three parts may have the
-other names that :mod:`efft_lab.data.folder` lists. If a part is missing, its images are taken from the training images,
-as described there.
+The first line of each file names the columns. The paths are relative to the folder of the CSV file. The data is either
+one CSV file, or a folder with ``train.csv`` and optionally ``val.csv`` and ``test.csv``. ``efft_lab.data.folder.PARTS``
+lists other names that these three files may have. If ``val.csv`` or ``test.csv`` is missing, its images are taken from
+the training images, as described in :mod:`efft_lab.data.folder`.
 """
 
 import csv

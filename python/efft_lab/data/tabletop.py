@@ -90,8 +90,8 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
     """Draw the centers of all objects [objects, 3].
 
     If ``nearest`` is given, the first object has this distance from the camera, and all others are farther away. If
-    300 attempts do not suffice, all objects are placed again, with the same number and sizes. The placement therefore
-    changes neither the distribution of the sizes nor that of the number of objects.
+    300 attempts do not suffice, all objects are placed again, with the same number and sizes. The number and the sizes
+    of the objects therefore do not depend on the placement.
 
     Raises:
         RuntimeError: No places were found.
@@ -101,7 +101,7 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
         for _ in range(300):
             own = float(radius[len(centers)])
             low = _NEAREST if nearest is None else nearest + _BEHIND
-            # Positions are to be uniform over the ground. The square of the distance is therefore uniform.
+            # A uniform square of the distance makes the positions uniform over the ground.
             distance = float(np.sqrt(rng.uniform(low**2, _FAR**2)))
             if nearest is not None and not centers:
                 distance = nearest
@@ -112,12 +112,15 @@ def _place(radius: Floats, camera: Camera, nearest: float | None, rng: np.random
                 centers.append(center)
             if len(centers) == len(radius):
                 return np.array(centers)
-    raise RuntimeError(f"found no places for {len(radius)} objects, the nearest {nearest}, before {camera}")
+    raise RuntimeError(f"found no places for {len(radius)} objects with nearest distance {nearest} and {camera}")
 
 
 def _is_free(centers: Floats, radius: Floats, camera: Camera) -> bool:
-    """Return whether the last object is inside the image, touches no other object, and overlaps none much in the
-    image."""
+    """Return whether the position of the last object is allowed.
+
+    The object must be inside the image, must not touch another object, and may overlap others only slightly in the
+    image.
+    """
     pixels, scale = camera.project(centers)
     seen = radius * scale * 1.2  # the corners of a cube are outside of a sphere with the same radius
     if (pixels[-1] < seen[-1] + _MARGIN).any() or (pixels[-1] > raytracing.SIZE - seen[-1] - _MARGIN).any():

@@ -1,8 +1,8 @@
 """Load data sets of torchvision.
 
-A seed selects 800 training and 200 validation images. The test set is the official one. EuroSAT, which has no official
-test set, gets a fixed one. torchvision downloads the sets from their original hosts, which needs a network.
-StanfordCars is not included, because its original address no longer works.
+A seed selects 800 training and 200 validation images. The test set is the official test set. EuroSAT has no official
+test set, so a fixed part of its images is used. torchvision downloads the sets from their original hosts, which needs a
+network. StanfordCars is not included, because its original address no longer works.
 """
 
 import dataclasses

@@ -38,7 +38,7 @@ INFOS = {
         facts["group"],
         facts["classes"],
         "VTAB-1K folder",
-        "original set's",
+        "that of the original set",
     )
     for name, facts in _TASKS.items()
 }

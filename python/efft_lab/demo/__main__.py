@@ -1,4 +1,7 @@
-"""Run the demo, which takes minutes on two CPU cores. All reported numbers are measured during the run."""
+"""Run the demo: train EFFT and a linear probe on two small tasks, and check the saved adapter.
+
+The demo takes about ten minutes on two CPU cores. All numbers in its report are measured during the run.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ def main() -> int:
 
 
 def demo(out: Path, quick: bool) -> None:
-    """Run every task and write report.md and demo.png."""
+    """Train and check both methods on every task, and write report.md and demo.png to the folder ``out``.
+
+    If ``quick`` is True, training is short, and only 200 test images are used.
+    """
     from efft_lab.backbones import resolve_image_size
     from efft_lab.backbones.dinov2 import NOTE
     from efft_lab.data import load
@@ -40,7 +46,7 @@ def demo(out: Path, quick: bool) -> None:
     from efft_lab.train.probe import linear_probe
 
     started, reports = time.perf_counter(), []
-    precision = "bf16 autocast: this machine is fast at it" if fast_bf16() else "fp32: no fast bf16 here"
+    precision = "bf16 (fast on this machine)" if fast_bf16() else "fp32 (bf16 is not fast on this machine)"
     print(
         f"EFFT demo: {' and '.join(TASKS)} at {IMAGE_SIZE} pixels, {torch.get_num_threads()} CPU threads, {precision}"
     )
@@ -57,12 +63,12 @@ def demo(out: Path, quick: bool) -> None:
         efft_run = run(own, folders["EFFT"], task=task, overwrite=True)
         clock.append(time.perf_counter())
         print(f"EFFT: test accuracy {efft_run.summary['test_accuracy']:.1%}")
-        assert efft_run.model is not None  # holds because the run was not resumed
+        assert efft_run.model is not None  # it is None only if a finished run is resumed
         print("loading the adapter in a new process, merging it, comparing logits", flush=True)
         agreements = verify(efft_run.model, folders["EFFT"], task.val)
         for agreement in agreements:
             print(f"  {agreement}")
-        # Do not use the first 200 images, because a test set may be sorted by class.
+        # Random images, because a test set may be sorted by class.
         shown = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))[:200].tolist()
         predictions, labels = predict(efft_run.model, Subset(task.test, shown), title="pictures")
         seconds = {"linear probe": clock[1] - clock[0], "EFFT": clock[2] - clock[1]}

@@ -1,4 +1,4 @@
-"""Write the files of the demo: a report (a table and facts about the machine) and an image with plots."""
+"""Write the files of the demo: a report in Markdown, and a picture with plots and test images."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from efft_lab.train import read_metrics
 if TYPE_CHECKING:
     from efft_lab.data import TaskData
 
-_SHOWN = 12  # number of test images per task; at most half of them are classified wrongly
+_SHOWN = 12  # number of test images to draw per task; at most half of these are classified wrongly
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Data of one task for the report.
+    """The results of one task for the report.
 
     Attributes:
         task: the data.
         folders: maps each method to the folder of its run.
         results: maps each method to the summary of its run.
-        seconds: maps each method to its total wall-clock seconds.
-        agreements: results of the verification.
-        shown: positions in the test split of the images that may be drawn [n].
-        predictions: classes of these images as predicted by EFFT [n].
+        seconds: maps each method to its time in seconds, evaluation and search included.
+        agreements: results of :func:`efft_lab.demo.verify.verify`.
+        shown: positions in the test split of n images, some of which are drawn.
+        predictions: classes that EFFT predicts for these images [n].
         labels: true classes of these images [n].
     """
 
@@ -45,7 +45,7 @@ class TaskReport:
 
 
 def table(reports: list[TaskReport]) -> str:
-    """Return a Markdown table of all tasks and methods."""
+    """Return a Markdown table with one row per task and method."""
     lines = [
         "| task | method | trainable parameters | excluding the head | saved KB | test accuracy | seconds |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -64,7 +64,15 @@ def table(reports: list[TaskReport]) -> str:
 
 
 def write_report(reports: list[TaskReport], out: Path, note: str, command: str, seconds: float) -> str:
-    """Write report.md and return its text."""
+    """Write report.md and return its text.
+
+    Args:
+        reports: the results of each task.
+        out: folder for the report.
+        note: description of the backbone.
+        command: command that started the demo.
+        seconds: time of the complete demo.
+    """
     efft_result = next(iter(reports)).results["EFFT"]
     config = efft_result["config"]
     checks = [f"- {report.task.info.name}: {agreement}" for report in reports for agreement in report.agreements]
@@ -79,7 +87,7 @@ def write_report(reports: list[TaskReport], out: Path, note: str, command: str, 
         "machine": f"{machine_facts()['machine']}, {efft_result['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in efft_result["versions"].items()),
         "command": f"`{command}`",
-        "whole demo": f"{seconds:.0f} s",
+        "time of the demo": f"{seconds:.0f} s",
     }
     text = "\n".join(
         [
@@ -87,14 +95,16 @@ def write_report(reports: list[TaskReport], out: Path, note: str, command: str, 
             "",
             table(reports),
             "",
-            "Trained on 800 images, the epoch (and the probe's learning rate) chosen on 200, tested once. One seed: a "
-            "difference of a point or two is noise. Seconds include evaluation, and for the probe its search.",
+            "Each method was trained on 800 images and tested once. Its epoch (and the learning rate of the probe) was "
+            "chosen on 200 other images. Only one seed was used, so a difference of one or two points is noise. The "
+            "seconds include evaluation and, for the probe, the search for the learning rate.",
             "",
             "![curves and test images](demo.png)",
             "",
             "## The saved adapter is the trained model",
             "",
-            "Against the live model, in fp32; the others were computed in a new process from the files alone:",
+            "The logits of three models are compared with those of the trained model, in fp32. A new process loaded "
+            "these models from the files of the run:",
             "",
             *checks,
             "",
@@ -109,7 +119,7 @@ def write_report(reports: list[TaskReport], out: Path, note: str, command: str, 
 
 
 def draw(reports: list[TaskReport], path: Path) -> None:
-    """Draw the training loss, the validation accuracy, and test images with predictions for each task."""
+    """Draw the training loss, the validation accuracy, and test images with predictions for each task into a file."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,8 @@
-"""Define the settings of the demo: the default of the library, without a search."""
+"""Define the settings of the demo.
+
+EFFT is trained with the default configuration of the library, and no setting is searched for these tasks. Only the
+learning rate of the linear probe is selected on validation images.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,10 @@ IMAGE_SIZE = 70  # gives 26 tokens; the demo then takes minutes on two CPU cores
 
 
 def fast_bf16() -> bool:
-    """Return whether bf16 is faster than fp32 on this machine.
+    """Return whether the demo should use bf16 on this machine.
 
-    This is the case on GPUs that support bf16 and on CPUs with bf16 dot-product instructions.
-
-    On a CPU with these instructions, a training step of the demo took two thirds of the fp32 time. Other CPUs emulate
-    bf16.
+    The result is True on GPUs that support bf16 and on CPUs with bf16 dot-product instructions. On such a CPU, a
+    training step of the demo took two thirds of the time in fp32. Other CPUs emulate bf16.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
@@ -26,7 +28,7 @@ def fast_bf16() -> bool:
 
 
 def efft_config(task: str, quick: bool) -> TrainConfig:
-    """Return the configuration that trains the library's default, :meth:`efft.EfftConfig.auto`."""
+    """Return the training configuration for EFFT with the default of the library, :meth:`efft.EfftConfig.auto`."""
     return TrainConfig(
         data=task,
         image_size=IMAGE_SIZE,
@@ -41,8 +43,11 @@ def efft_config(task: str, quick: bool) -> TrainConfig:
 
 
 def probe_config(task: str, quick: bool) -> TrainConfig:
-    """Return the configuration that trains only the head, for many more epochs than EFFT because features are
-    cached."""
+    """Return the configuration of the linear probe.
+
+    The probe trains for many more epochs than EFFT. These epochs are fast, because the features of the frozen model are
+    computed only once.
+    """
     return TrainConfig(
         data=task,
         image_size=IMAGE_SIZE,

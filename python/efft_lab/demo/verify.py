@@ -1,6 +1,7 @@
 """Check that a saved adapter reproduces the trained model.
 
-A new process loads and merges the adapter, and its logits are compared with those of the trained model.
+A new process loads the adapter from its files and computes logits with the loaded model, the merged model and a plain
+timm model with the merged weights. These logits are compared with those of the trained model.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from efft_lab.train.build import load_trained
 from efft_lab.train.inference import device
 
 _IMAGES = 64
-_TOLERANCE = 1e-3  # relative to the largest logit; reordering fp32 operations causes far smaller differences
+_TOLERANCE = 1e-3  # relative to the largest logit; rounding in fp32 causes far smaller differences
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement between two ways of computing the same logits.
+    """The agreement between the logits of the trained model and those of another model.
 
     Attributes:
-        name: name of the model that is compared with the trained model in memory.
-        difference: largest absolute difference.
-        scale: largest absolute logit.
+        name: name of the other model.
+        difference: largest absolute difference between the logits.
+        scale: largest absolute logit of the trained model.
         same: number of images with the same predicted class.
         images: number of compared images.
     """
@@ -52,15 +53,19 @@ class Agreement:
 
 
 def verify(model: nn.Module, run_folder: Path, data: Dataset[Any]) -> list[Agreement]:
-    """Compare the trained model in memory with the reloaded and merged models of a new process, in fp32.
+    """Compare the trained model with the three models of a new process, in fp32, on up to 64 images.
 
     Args:
         model: the trained model, in evaluation mode.
         run_folder: folder of the run.
-        data: images for the comparison.
+        data: data set with the images for the comparison.
+
+    Returns:
+        The agreement with the models "reloaded" (adapter loaded), "merged" (adapter merged) and "merged file" (plain
+        timm model with the merged weights).
 
     Raises:
-        RuntimeError: the logits or the classes differ, or the adapter has no effect.
+        RuntimeError: the logits or the classes differ, the adapter has no effect, or the new process failed.
     """
     count = min(_IMAGES, len(data))  # type: ignore[arg-type]
     images = torch.stack([data[i][0] for i in range(count)])
@@ -82,7 +87,7 @@ def verify(model: nn.Module, run_folder: Path, data: Dataset[Any]) -> list[Agree
             raise RuntimeError(f"the {agreement.name} model differs from the trained model: {agreement}")
     without = _compare("base", live, base)
     if without.difference <= _TOLERANCE * without.scale:
-        raise RuntimeError(f"the adapter changes nothing, so nothing was verified: {without}")
+        raise RuntimeError(f"the adapter has no effect on the logits, so the comparison proves nothing: {without}")
     return found
 
 

@@ -1,19 +1,19 @@
-"""Study EFFT2 on a convolutional network: a ResNet-18 trained on clothes learns silhouettes of animals.
+"""Study EFFT2 on a convolutional network: a ResNet-18 that was trained on clothes learns silhouettes of animals.
 
     python -m benchmarks convolutions
 
-No package contains the weights of a convolutional network. The study therefore first trains all weights of a network on
-10,000 images of Fashion-MNIST. The network has group norm instead of batch norm, because an adapter would not store the
-statistics of batch norm. Each method then learns another task from 1,000 images, which differ between seeds. A kernel
-[out, in, 3, 3] counts as a matrix [out, 9 in]. The methods are:
+No Python package contains the weights of a convolutional network. The study therefore first trains all weights of a
+network on 10,000 images of Fashion-MNIST. The network has group norm instead of batch norm. Training therefore changes
+only the parameters of a method, and no running statistics. Each method then learns the task ``animal-silhouettes`` from
+1,000 images, which differ between seeds. For EFFT2, a kernel [out, in, 3, 3] is a matrix [out, 9 in]. The methods are:
 
-- EFFT2: rank 8 and automatic scale, and LoRA (peft): rank 8, both on the 3x3 convolutions of all blocks, with the
-  learning rate that is better on the validation split of the first seed;
-- full fine-tuning, a tenth of these learning rates, chosen in the same way;
-- linear probe: only the classifier, with a learning rate chosen for each seed.
+- EFFT2 with rank 8 and automatic scale, and LoRA of peft with rank 8. Both adapt the 3x3 convolutions of all blocks.
+  Each uses the learning rate (1e-3 or 3e-3) that is better on the validation split of the first seed.
+- Full fine-tuning, with a tenth of these learning rates, chosen in the same way.
+- A linear probe, which trains only the classifier. Its learning rate is chosen for each seed.
 
-Training takes six epochs instead of three as in the other studies, because this network has seen fewer images than a
-pretrained transformer from a package.
+The first two methods and full fine-tuning train for six epochs. Other studies use three epochs, but this network has
+seen fewer images before than a pretrained transformer. The linear probe trains for 40 epochs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ LAYERS = r"layer\d\.\d\.conv[12]"
 
 
 class Whole:
-    """A task that trains on all images of its pool, not on the 1,000 that a seed draws."""
+    """A task that trains on all images of the training pool, not only on the 1,000 images that a seed selects.
+
+    Its validation split is the test split of the original task.
+    """
 
     def __init__(self, task: efft_lab.data.TaskData) -> None:
         pool = task.train.images
@@ -66,12 +69,12 @@ def pretrained(source: Any, epochs: int) -> tuple[nn.Module, float]:
 
 
 def study(source: Any, tasks: dict[int, Any], epochs: int) -> Iterator[dict[str, Any]]:
-    """Yield one row per seed and method; see the module's description.
+    """Run the study and yield one row (a line of the result file) per seed and method.
 
     Args:
-        source: the task to train on first.
-        tasks: for each seed, the task that follows, with that seed's training images.
-        epochs: number of epochs of the first training.
+        source: the first task, on which all weights are trained.
+        tasks: maps each seed to the second task with the training images of that seed.
+        epochs: number of epochs of the training on the first task.
     """
     network, accuracy = pretrained(source, epochs)
     state = {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}

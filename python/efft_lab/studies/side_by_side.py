@@ -1,4 +1,8 @@
-"""Compare EFFT2, LoRA of ``peft`` and others on any model and task; learning rates are chosen by validation."""
+"""Compare EFFT2, LoRA of ``peft`` and other methods on any model and task.
+
+The learning rate of each method is chosen on validation images. The studies ``text`` and ``convolutions`` use this
+module. A row is one line of their result files: the result of one method with one seed.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,19 @@ from efft_lab.train.probe import WithoutTest, linear_probe
 
 RECIPE: dict[str, Any] = {"epochs": 3, "batch_size": 16, "schedule_per": "update", "protocol": "final"}
 RATES = (1e-3, 3e-3)
-"""Learning rates to choose from, unless a recipe has its own ``rates``; the probe tries `PROBE_RATES` for each seed."""
+"""Learning rates to choose from, for recipes without an entry ``rates``. The linear probe uses `PROBE_RATES`."""
 PROBE_RATES = (1e-3, 1e-2, 1e-1)
 LORA = "peft_lora_elsewhere"
-"""The name of :func:`lora` as a method, while :func:`rows` trains."""
+"""Name under which :func:`rows` registers :func:`lora` as a training method."""
 
 
 def lora(model: nn.Module, layers: str) -> None:
-    """Apply LoRA of ``peft``, rank 8, in place to the layers whose whole name matches; the classifier trains too."""
+    """Apply LoRA of ``peft`` with rank 8 in place. The classifier stays trainable.
+
+    Args:
+        model: a model with a known classifier.
+        layers: regular expression that must match the full name of a layer.
+    """
     import peft
 
     peft_lora.inject(model, peft.LoraConfig(r=8, lora_alpha=8, target_modules=layers))
@@ -40,14 +49,18 @@ def rows(
     recipes: Mapping[str, Mapping[str, Any]],
     layers: str,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row per seed and method.
+    """Train every method with every seed, and yield one row per seed and method.
+
+    The learning rate of a method is chosen with the first seed and then used for all seeds. The learning rate of the
+    linear probe is chosen separately for each seed.
 
     Args:
         name: name of the task, for the rows.
-        tasks: for each seed, the task with that seed's training data.
-        create: turns a number of classes into the pretrained model with a new classifier.
-        recipes: for each row's title, the fields of `TrainConfig` in which it differs from `RECIPE`, and its ``rates``.
-        layers: the layers of the LoRA row, see :func:`lora`.
+        tasks: maps each seed to the task with the training data of that seed.
+        create: function that returns the pretrained model with a new classifier for a number of classes.
+        recipes: maps the title of each method to the fields of `TrainConfig` that differ from `RECIPE`. The additional
+            entry ``rates`` may list the learning rates to choose from.
+        layers: the layers that LoRA adapts, see :func:`lora`.
     """
     chosen: dict[str, float] = {}
     for seed, task in tasks.items():
@@ -74,7 +87,10 @@ def rows(
 
 @contextmanager
 def method(name: str, temporary: Method) -> Iterator[None]:
-    """Put a method into the registry, or replace the one of that name, for the duration of the context."""
+    """Register a training method under a name for the duration of a ``with`` block.
+
+    If a method of that name is already registered, it is replaced for this time.
+    """
     before = dict(METHODS)
     METHODS[name] = temporary
     try:
@@ -94,12 +110,12 @@ def _train(config: TrainConfig, task: Any, create: Callable[[int], nn.Module]) -
 
 
 def record(study: str, rows: Iterable[dict[str, Any]], results: Path | None) -> None:
-    """Append each row to ``STUDY.jsonl`` immediately and print it. At the end, print the mean accuracies.
+    """Append each row to ``STUDY.jsonl`` and print it as soon as it is computed. At the end, print the mean accuracies.
 
     Args:
         study: name of the result file.
-        rows: rows of :func:`rows`, and others in the same form.
-        results: folder of the file; by default the repository's.
+        rows: rows of :func:`rows`, and other rows with the same fields ``row``, ``seed`` and ``test_accuracy``.
+        results: folder of the file; by default, ``benchmarks/results``.
     """
     accuracies: dict[str, list[float]] = {}
     for row in rows:

@@ -1,18 +1,25 @@
-"""Study whether EFFT2 learns better from directions of the gradient, or of the weights, than from random ones.
+"""Study whether EFFT2 learns better if its factors start with directions of the gradient or of the pretrained weights.
 
     python -m benchmarks starts --tasks cifar10 orientation count
 
-The study trains EFFT2 with the recipe of the suite ``local`` and its computed scale, from several initial values of the
-factors. The directions are the pair of bases that preserves the largest share of all matrices of a tensor train
-(:func:`efft_lab.studies.subspaces.shared_bases`). The matrices are those of the mean gradient before the first step, or
-those of the pretrained weights. There are two kinds of start. Both leave the outputs of the model unchanged:
+EFFT2 updates a matrix by ``s U C V``. All matrices of one tensor train share U and V, and each has its own core C. The
+study trains EFFT2 with the recipe of the suite ``local`` and an automatic scale s. It compares three sources of initial
+directions for U and V:
 
-- ``side``: as published, the cores are random and one of U and V is zero; the other one holds the directions;
-- ``cores``: the cores are zero, U and V hold the directions, and s is such that Adam's first step moves a weight as far
-  as the computed scale lets it.
+- ``gradient``: the mean gradient of the matrices before the first step;
+- ``weights``: the pretrained weights of the matrices;
+- ``random``: random directions, which serve as the reference.
 
-A factor that holds directions has the same norm as in a random start. Random directions are the third source and serve
-as the reference for each kind.
+For the first two sources, the directions are the pair of bases that preserves the largest share of the squared norm of
+all matrices of a train (:func:`efft_lab.studies.subspaces.shared_bases`). Each source is used in two kinds of start.
+Both leave the outputs of the model unchanged:
+
+- ``side``: as in the paper of EFFT, the cores are random, and one of U and V is zero. The other one contains the
+  directions.
+- ``cores``: the cores are zero, and U and V contain the directions. The scale s is chosen so that Adam's first step
+  moves a weight as far as with the automatic scale.
+
+A factor that contains directions is scaled to the norm that it has in a random start.
 """
 
 from __future__ import annotations
@@ -41,19 +48,25 @@ KINDS = ("side", "cores")
 SOURCES = ("random", "gradient", "weights")
 RANK = 16
 
-#: For each group of EFFT2, the two bases [d_in, r] and [d_out, r] of its train.
+#: Maps each group of EFFT2 ("mhsa" and "ffn") to the two bases [d_in, r] and [d_out, r] of its train.
 Bases = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def bases_of(found: Mapping[str, Tensor], rank: int) -> Bases:
-    """Return the bases of the matrices of each train; for ``found`` see :func:`subspaces.matrices`."""
+    """Return the bases for each train. ``found`` has the form of :func:`efft_lab.studies.subspaces.matrices`."""
     trains = {name: torch.cat([found[kind] for kind in SETS[name]]) for name in ("mhsa", "ffn")}
     return {name: shared_bases(each, rank) for name, each in trains.items()}
 
 
 @torch.no_grad()
 def start(factors: TTFactors, kind: str, bases: tuple[Tensor, Tensor] | None) -> None:
-    """Put ``bases`` into newly initialized factors, or leave these random if there are no bases."""
+    """Set the start of newly initialized factors in place.
+
+    Args:
+        factors: the factors of one train.
+        kind: "side" or "cores".
+        bases: the directions for U and V; None for random directions.
+    """
     if kind == "cores":
         for side in (factors.U, factors.V):
             nn.init.xavier_uniform_(side)
@@ -66,7 +79,7 @@ def start(factors: TTFactors, kind: str, bases: tuple[Tensor, Tensor] | None) ->
 
 
 def study(task: str, seed: int, kind: str, bases: Bases | None) -> dict[str, object]:
-    """Run one training and return its row for the result file."""
+    """Train one model and return its test accuracy and time for the result file."""
     fields = recipe(task, seed)
     efft = {**fields["efft"], "rank": RANK, "scale": "auto"}
     config = TrainConfig.from_dict({**fields, "method": "efft", "efft": efft})
@@ -84,7 +97,7 @@ def study(task: str, seed: int, kind: str, bases: Bases | None) -> dict[str, obj
 
 
 def bases_from(source: str, task: str, seed: int) -> Bases | None:
-    """Return the bases of one of `SOURCES`, or None for random directions."""
+    """Return the bases for one of `SOURCES`, or None for random directions."""
     if source == "random":
         return None
     if source == "gradient":

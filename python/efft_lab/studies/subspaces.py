@@ -1,19 +1,21 @@
-"""Measure how much of a full fine-tuning update shared factors can express, by matrix type.
+"""Measure how much of a full fine-tuning update can be expressed with factors that many matrices share.
 
     python -m benchmarks subspaces --tasks cifar10 orientation count
 
 The study fine-tunes all weights of the backbone of the suite ``local``. It analyzes the update of every attention and
-MLP matrix, and the mean gradient before the first step. For both, it measures:
+MLP matrix, and the mean gradient of these matrices before the first step. The matrices of all blocks are analyzed in
+sets. A set contains one type of matrix (Q, K, V, O, W1 or W2) or one group of types that EFFT2 puts into one tensor
+train: ``mhsa`` (Q, K, V and O) or ``ffn`` (W1 and W2 transposed). For each set, the study measures:
 
-- effective rank: exp of the entropy of the squared singular values' shares, mean over blocks;
-- own: the share of the squared norm that the best rank-r approximation of each matrix keeps (what LoRA can express);
-- shared: the share that the best pair of bases, r directions in and r out for all matrices of the set and all blocks,
-  keeps (what one train with a core per matrix can express);
-- independent: the same share for matrices with the same singular values but random directions for each. Where
-  ``shared`` is larger, the blocks have structure in common.
-
-The sets are the matrix types, and the groups that EFFT2 puts into one train: ``mhsa`` (Q, K, V, O) and ``ffn`` (W1, W2
-transposed).
+- ``effective_rank``: the exponential of the entropy of the normalized squared singular values, averaged over matrices;
+- ``own``: the share of the squared norm that the best rank-r approximation of each single matrix keeps. This is the
+  share that LoRA can express.
+- ``shared``: the share that remains if all matrices are projected onto the same r input and r output directions, which
+  are the best for the set. This is the share that one tensor train with a core for each matrix can express. (A tensor
+  train updates every matrix of the set by U C V, with common U and V and one core C per matrix.)
+- ``independent``: ``shared`` for other matrices, which have the same singular values but random directions. If
+  ``shared`` is larger than ``independent``, the matrices have directions in common.
+- ``norm``: the mean Frobenius norm of the matrices.
 """
 
 from __future__ import annotations
@@ -33,21 +35,21 @@ from efft_lab.record import append, machine_facts
 from efft_lab.train import build, run
 from efft_lab.train.config import TrainConfig
 
-#: The name of each set of matrices, and the types in it.
+#: Maps the name of each set to its types of matrices.
 SETS = {name: (name,) for name in ("q", "k", "v", "o", "fc1", "fc2")} | {
     "mhsa": ("q", "k", "v", "o"),
     "ffn": ("fc1", "fc2"),
 }
-#: The measured fields of a row.
+#: The measured fields of a row, which is the line of the result file for one set.
 MEASURES = ("effective_rank", "own", "shared", "independent", "norm")
 SWEEPS = 8
-"""The number of alternations that improve the pair of bases; after 5 the energy changes by less than 1e-3."""
+"""Number of alternations in :func:`shared_bases`. After five of them, the share changes by less than 1e-3."""
 
 
 def matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the matrices of a timm ViT's state by type, [blocks, d_in, d_out].
+    """Return the matrices in the state dict of a timm ViT by type, fp64 [blocks, d_in, d_out].
 
-    Those of fc2 are [blocks, d_out, d_in], as in its train.
+    Matrices of fc2 are [blocks, d_out, d_in], because they are transposed in the tensor train.
     """
     blocks = sorted({int(name.split(".")[1]) for name in state if name.startswith("blocks.")})
 
@@ -60,23 +62,24 @@ def matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def effective_rank(values: Tensor) -> float:
-    """Return the effective rank of matrices with singular values [n, m], as a mean over the matrices."""
+    """Return the effective rank of n matrices, averaged over the matrices. ``values`` are singular values, [n, m]."""
     share = values.square() / values.square().sum(-1, keepdim=True)
     return float((-(share * share.clamp_min(1e-300).log()).sum(-1)).exp().mean())
 
 
 def own_energy(values: Tensor, rank: int) -> float:
-    """Return the share of the squared norm that the best approximation of each matrix keeps.
+    """Return the share of the squared norm that the best approximation of each matrix with a given rank keeps.
 
-    ``values`` are the singular values of the matrices, [n, m].
+    ``values`` are the singular values of n matrices in descending order, [n, m].
     """
     return float(values[:, :rank].square().sum() / values.square().sum())
 
 
 def shared_bases(each: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the orthonormal bases, [a, rank] and [b, rank], that together keep most of matrices [n, a, b].
+    """Return two orthonormal bases, [a, rank] and [b, rank], that keep most of the squared norm of matrices [n, a, b].
 
-    The first basis is the best one without the other. Then the bases alternate: each becomes the best for the other.
+    The first right basis is the best one for matrices that are not projected on the left. The two bases are then
+    improved in turn. Each is replaced by the best basis for the current basis of the other side.
     """
 
     def best(of: Tensor) -> Tensor:  # [n, a, m] -> [a, rank]
@@ -90,13 +93,13 @@ def shared_bases(each: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def shared_energy(each: Tensor, rank: int) -> float:
-    """Return the share of the squared norm of matrices [n, a, b] that :func:`shared_bases` keep."""
+    """Return the share of the squared norm of matrices [n, a, b] that the bases of :func:`shared_bases` keep."""
     left, right = shared_bases(each, rank)
     return float((left.T @ each @ right).square().sum() / each.square().sum())
 
 
 def independent(each: Tensor, values: Tensor, generator: torch.Generator) -> Tensor:
-    """Return matrices of the same shape with singular values [n, m] and new random directions for each."""
+    """Return matrices with the shape of ``each``, the singular values ``values`` [n, m] and random directions."""
 
     def directions(size: int) -> Tensor:
         normal = torch.randn(len(each), size, values.shape[1], dtype=each.dtype, generator=generator)
@@ -106,7 +109,7 @@ def independent(each: Tensor, values: Tensor, generator: torch.Generator) -> Ten
 
 
 def measure(found: Mapping[str, Tensor], rank: int, seed: int) -> list[dict[str, object]]:
-    """Return one row per set of `SETS`; see the module's description."""
+    """Return one row per set in `SETS`, with the fields in `MEASURES`."""
     generator = torch.Generator().manual_seed(seed)
     singular = {kind: torch.linalg.svdvals(each) for kind, each in found.items()}
     rows: list[dict[str, object]] = []
@@ -124,15 +127,15 @@ def measure(found: Mapping[str, Tensor], rank: int, seed: int) -> list[dict[str,
 
 
 def recipe(task: str, seed: int) -> dict[str, Any]:
-    """Return the fields of `TrainConfig` for a final run as in the suite ``local``."""
+    """Return the fields of `TrainConfig` for a final run of the suite ``local``, without the method."""
     return {**suites.load("local").train, "data": task, "seed": seed, "data_seed": seed, "protocol": "final"}
 
 
 def mean_gradient(task: str, seed: int) -> dict[str, Tensor]:
-    """Return the mean gradient of the loss over a task's training images with respect to all :func:`matrices`.
+    """Return the mean gradient of the loss over the training images of a task, in the form of :func:`matrices`.
 
-    The gradient is computed before the first step but with a trained classifier, because the gradients of a random
-    classifier have meaningless directions.
+    The backbone has its pretrained weights, but the classifier is trained first. With a random classifier, the
+    directions of the gradient would be meaningless.
     """
     fields = recipe(task, seed)
     fields.pop("efft")
@@ -149,7 +152,7 @@ def mean_gradient(task: str, seed: int) -> dict[str, Tensor]:
 
 
 def study(task: str, seed: int, lr: float, rank: int) -> list[dict[str, object]]:
-    """Run one training and return the rows for its update and for the gradient before the first step."""
+    """Fine-tune one model, and return the rows for its update and for the gradient before the first step."""
     gradient = measure(mean_gradient(task, seed), rank, seed)
     fields = recipe(task, seed)
     fields.pop("efft")

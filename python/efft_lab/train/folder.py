@@ -156,8 +156,8 @@ def card_facts(
 ) -> dict[str, Any]:
     """Return the facts for the header of the adapter's model card, as far as they are known.
 
-    They are ``metrics`` (the test scores) and ``datasets``. ``base_model`` and ``license`` are added if the base model
-    has published weights of timm.
+    The facts are ``metrics`` (the test scores) and, if the data set has a name, ``datasets``. If training started from
+    published weights of timm, ``base_model`` and ``license`` are added.
     """
     test = {name.removeprefix("test_"): score for name, score in scores.items() if name.startswith("test_")}
     facts: dict[str, Any] = {"datasets": [task.info.name]} if hasattr(task, "info") else {}
@@ -248,7 +248,7 @@ def check_config(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 def random_state() -> dict[str, Any]:
     """Return the states of this process's random number generators: Python, NumPy, and torch on the CPU and the GPU.
 
-    The state for the GPU is that of the current device. It is None if CUDA is not used.
+    The entry for the GPU is the state of the current device, or None if CUDA is not used.
     """
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)

@@ -136,7 +136,7 @@ class Regression:
     """Predict one or more numbers (values) for each image, from outputs [batch, values] and labels [batch, values].
 
     The model learns the standardized value, which is the value minus ``mean``, divided by ``std``. The same learning
-    rates therefore suit values of any size. After training, :meth:`finish` changes the weights of the last layer such
+    rates therefore suit values of any size. After training, :meth:`finish` changes the weights of the last layer so
     that the model computes the values themselves.
 
     Args:
@@ -199,9 +199,9 @@ def make_goal(config: TrainConfig, task: Any, model: nn.Module | None = None) ->
     Args:
         config: configuration that names the kind of task.
         task: the data.
-        model: the model to train; None to evaluate only. It is used only for regression. If a model is given, its last
-            layer is checked, and the goal uses the mean and standard deviation of the training images' values, if the
-            data provides these values as an array. Otherwise, the goal uses mean 0 and standard deviation 1.
+        model: the model to train, or None for a goal that only evaluates. The model is used only for regression. Its
+            last layer is checked. If the data provides the values of the training images as an array, the goal uses
+            their mean and standard deviation. In all other cases, the goal uses mean 0 and standard deviation 1.
 
     Raises:
         ValueError: the last layer of the model is not suited for regression, or a value is the same in all training

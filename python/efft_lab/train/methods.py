@@ -128,7 +128,7 @@ class Factors(Method):
 
     def load(self, model: nn.Module, settings: AdapterConfig, path: Path) -> None:
         efft.load_adapter(model, path)
-        efft.fuse(model)  # as in training, so that evaluation has the same rounding errors
+        efft.fuse(model)  # as in training; evaluation then has the same rounding errors
 
 
 class Efft(Factors):

@@ -55,7 +55,7 @@ class Segmenter(nn.Module):
                 features = patches.transpose(1, 2).unflatten(2, (side, side))
         if features.ndim != 4 or features.shape[1] != width:
             raise ValueError(
-                f"segmentation needs a feature map with {width} channels, or as many patch tokens as in a square, but "
+                f"segmentation needs a feature map with {width} channels, or a square number of patch tokens, but "
                 f"the features of the {type(self.backbone).__name__} have the shape {list(features.shape)}"
             )
         return features

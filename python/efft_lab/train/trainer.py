@@ -166,7 +166,7 @@ class Trainer:
         METHODS[config.method].apply(self.plain, config.settings())
         train = self.task.trainval if config.protocol == "final" else self.task.train
         self.batches = EpochBatches(len(train), config.batch_size, config.seed)
-        # The loader gets its own generator, so that its random numbers do not change those of dropout.
+        # The loader gets a separate generator. Its random numbers then do not change those of dropout.
         loader: DataLoader[Any] = self.loader(train, batch_sampler=self.batches, generator=torch.Generator())
         optimizer, self.scheduler = self.make_optimizer()
         self.model, self.optimizer, self.train_loader = accelerator.prepare(self.plain, optimizer, loader)
@@ -282,7 +282,8 @@ class Trainer:
     def show(self) -> tuple[float, dict[str, float]]:
         """Show the mean loss and the scores of the current epoch on the progress bar, and return them.
 
-        They cover all images that all processes have trained on in this epoch, and were computed in training mode.
+        The loss and the scores cover all images on which all processes have trained in this epoch. They were computed
+        in training mode.
         """
         totals, name = self.accelerator.reduce(self.totals, "sum"), self.goal.score
         loss, images = totals[:2].tolist()
@@ -365,8 +366,8 @@ class Trainer:
         """Return to the point at which :meth:`save` wrote the state.
 
         Raises:
-            CheckpointError: the state belongs to another run or was not written by :meth:`save`. This trainer must not
-                be used any more.
+            CheckpointError: the state belongs to another run or was not written by :meth:`save`. Do not use the trainer
+                after this error.
         """
         try:
             self._restore(state)

@@ -1,8 +1,10 @@
-"""Check the compiled cpu backend in separate processes; pytest receives the remaining arguments.
+"""Run the tests of the compiled backend ``cpu`` under sanitizers, or with other instruction sets than the best.
+
+Pytest runs in separate processes and receives the remaining arguments of the command.
 
 ``python -m tests.csrc.cpu.check sanitizers`` (``make check-native``) runs static checkers on the sources. It then runs
-the backend's tests under GCC's address and undefined-behavior sanitizers, once per instruction set of this processor.
-The sanitizers stop a test at any access outside a buffer and report the file and line.
+the backend's tests under GCC's address and undefined-behavior sanitizers, once per instruction set that this processor
+supports. The sanitizers stop a test at any access outside a buffer and report the file and line.
 
 ``python -m tests.csrc.cpu.check sets`` (``make check-isa``) runs the numerical tests with every instruction set except
 the best one, which all other tests use.
@@ -22,13 +24,13 @@ from efft_kernels import build, native
 
 ROOT = Path(__file__).parents[3]
 SANITIZERS = "-fsanitize=address,undefined"
-#: The option -k of pytest that selects the tests of the backend cpu. It excludes the other backends, because the ids of
-#: their tests may contain "cpu" as well, as the name of the device.
+#: The value of pytest's option -k that selects the tests of the backend cpu. It excludes the other backends, because
+#: the ids of their tests may contain "cpu" as well, as the name of the device.
 OF_THE_BACKEND = "cpu and not (eager or reference or triton)"
 
 
 def instruction_sets() -> list[str]:
-    """Return the instruction sets of this processor, the best one first."""
+    """Return the names of the instruction sets that this processor supports, the best one first."""
     names = ["avx512", "avx2", "portable"]
     best = torch.backends.cpu.get_cpu_capability().lower()
     found = next((names[i:] for i, name in enumerate(names) if best.startswith(name)), names[-1:])
@@ -50,7 +52,10 @@ def build_sanitized(root: Path, cache: Path) -> None:
 
 
 def sanitized(root: Path, cache: Path, isa: str) -> dict[str, str]:
-    """Return the environment for a program that uses the sanitized library. LD_PRELOAD loads the sanitizers first."""
+    """Return the environment for a program that uses the sanitized library.
+
+    The program needs LD_PRELOAD, because the libraries of the sanitizers must be loaded before all others.
+    """
     cxx = build.find_tools("cpu").cxx
     libraries = [
         subprocess.run([cxx, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
@@ -78,7 +83,7 @@ def read_sources() -> list[list[str]]:
     kernels = str(ROOT / "csrc/cpu/kernels.cpp")
     commands.append(["clang-tidy", "--quiet", kernels, "--", *flags, f"-DEFFT_ISA={best}", *of_best.split()])
     if shutil.which("cppcheck") is None:
-        print("cppcheck is not installed (apt-get install cppcheck): skipped", flush=True)
+        print("cppcheck is skipped, because it is not installed: apt-get install cppcheck", flush=True)
         return commands
     options = ["--std=c++20", "--enable=warning,performance,portability", "--suppress=passedByValue", "--quiet"]
     registration = (
@@ -90,7 +95,7 @@ def read_sources() -> list[list[str]]:
 def check_sets(arguments: list[str]) -> None:
     """Run the numerical tests, including those of random shapes, with every instruction set except the best."""
     if native.MISSING["cpu"] is not None:
-        print(f"skipped: {native.MISSING['cpu']}", flush=True)
+        print(f"the tests of the cpu backend are skipped: {native.MISSING['cpu']}", flush=True)
         return
     tests = [
         *("tests/csrc/cpu/test_instruction_sets.py", "tests/csrc/cpu/test_cpu_numbers.py"),

@@ -1,9 +1,9 @@
 """Test one wheel with the extension under versions of Python and torch other than those that built it.
 
 Usage: ``python tests/csrc/cpu/portability.py WHEEL PYTHON...``. This script is not part of the tests, because each
-environment takes several GB. Each PYTHON must have torch, numpy and safetensors. For each of them, the script installs
-the wheel into an empty folder, runs the environment report with its self-test, and trains one adapted layer on the cpu
-backend.
+environment takes several GB. Each PYTHON is the path of an interpreter that can import torch, numpy and safetensors.
+For each interpreter, the script installs the wheel into an empty folder, runs the environment report with its
+self-test, and trains one adapted layer in fp32 and in bf16 with the backend ``cpu``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Test building the extension: a request succeeds or fails with the reason, and the built library loads anywhere."""
+"""Test how the compiled extension is built, how failures are reported, and what the built library depends on.
+
+A user requests the extension with the environment variable EFFT_BUILD_EXT.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +124,7 @@ def exported(path: Path) -> list[str]:
 
 
 @needs_compiler
-@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm from binutils")
 def test_nothing_but_the_stable_abi_is_used() -> None:
     """The library uses no C++ symbols of torch and no symbols of Python, so it does not depend on their versions."""
     path = build.find("cpu")
@@ -169,7 +172,7 @@ def test_installed_wheel(tmp_path: Path) -> None:
 
 
 def test_an_installation_fails_if_its_wish_cannot_be_met(tmp_path: Path) -> None:
-    """Without a compiler the build of the wheel fails with the reason and does not omit the requested extension."""
+    """If the extension is requested and there is no compiler, building the wheel fails and reports the reason."""
     environment = {**os.environ, "EFFT_BUILD_EXT": "cpu", "PATH": str(tmp_path), "CXX": "no-such-compiler"}
     command = [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

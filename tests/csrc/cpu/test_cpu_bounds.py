@@ -1,6 +1,8 @@
-"""Test that the cpu backend does not access memory beyond an operand: each operand ends at an unreadable page.
+"""Test that ``tt_linear`` and the ops with a producer do not read memory beyond the end of an operand on the CPU.
 
-The sanitizers do not check the loads and stores of matrix registers. These tests do.
+A producer is a GELU or layer norm before the layer. Each operand ends directly before an unreadable page of memory, so
+an access beyond the end stops the process. This also finds wrong loads of matrix registers (AMX), which the sanitizers
+do not check. The results must agree with those of operands in ordinary memory.
 """
 
 from __future__ import annotations

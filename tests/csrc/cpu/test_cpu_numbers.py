@@ -1,6 +1,8 @@
-"""Test the cpu backend on unusual inputs: tails, constant rows, NaN and infinity, unusual addresses.
+"""Test the backend ``cpu`` on unusual inputs.
 
-``make check-native`` runs these tests for every instruction set and checks every memory access.
+The inputs contain very large and very small numbers, constant rows, NaN or infinity. Factors have unusual strides,
+sizes are zero or very large, and operands are missing. ``make check-native`` runs the tests that are not slow under the
+sanitizers, with every instruction set that the processor supports.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ def _backend() -> object:
 
 
 def bare(op: object, x: Tensor, **options: object) -> Pair:
-    """Return the output and the gradient of the op's GELU or norm. W is the identity, and the update is zero."""
+    """Return the output of the op's GELU or norm, and the gradient of its input.
+
+    W is the identity and the update is zero, so the linear layer after the GELU or norm changes nothing.
+    """
     d = x.shape[-1]
     x = x.detach().requires_grad_()
     identity = torch.eye(d, dtype=x.dtype)
@@ -127,7 +132,7 @@ def test_what_is_not_a_number_stays_in_its_row(value: float) -> None:
 @pytest.mark.parametrize("rank", [1, 5, 16, 21])
 @pytest.mark.parametrize("d_in", [1, 24])
 def test_factors_cut_from_the_end_of_a_wider_matrix(rank: int, d_in: int) -> None:
-    """Kernels read 16 columns at a time if the row stride is a multiple of 16, but not beyond the last column."""
+    """Kernels read 16 columns at a time if the row stride is a multiple of 16, but must not use later columns."""
     inputs = make_inputs("tt_linear", d_in=d_in, r1=rank)
     expected = tt_linear(**inputs)
     for name in ("D", "G"):
@@ -197,7 +202,7 @@ def test_gradients_of_a_norm_without_the_weight_are_refused(need: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [tt_linear, tt_gelu_linear], ids=["wide output", "wide input"])
 def test_more_elements_than_32_bits_count(op: object) -> None:
-    """The last rows and the sums over all rows are correct."""
+    """With more than 2^31 elements in an input or output, the last rows and the sums over all rows are correct."""
     # The check runs in the test rather than at collection: the test uses 9 GiB, and other programs need memory too.
     meminfo = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     available = re.search(r"^MemAvailable: +(\d+) kB$", meminfo, re.MULTILINE)

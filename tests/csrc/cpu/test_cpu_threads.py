@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,10 @@ from efft_kernels.testing import assert_close_budget, make_inputs
 
 pytestmark = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native.MISSING["cpu"] or "")
 
-#: Enough tokens that each of four threads gets several blocks, and enough layers that threads share a contraction.
+#: The kernels process a few tokens at a time (a block). There are enough tokens for several blocks in each of four
+#: threads. tt_contract divides layers among the threads, and there are more layers than threads.
 SIZES = {"tokens": 1100, "d_in": 200, "d_out": 130, "r1": 19, "n_layers": 7}
+#: The inputs of each op for which the tests compute gradients.
 TRAINED = {
     "tt_linear": ("x", "D", "G", "b"),
     "tt_gelu_linear": ("z", "D", "G", "b"),
@@ -64,7 +67,7 @@ def test_the_number_of_threads_changes_rounding_alone(op: str, dtype: torch.dtyp
 
 
 def test_many_threads_at_once() -> None:
-    """Each thread has layers of a different size. No thread may read another thread's values from reused memory."""
+    """Python threads call ops of different sizes at the same time. No thread may read values of another thread."""
     torch.set_num_threads(2)
     cases = [(op, {"d_in": 64 + 8 * i, "seed": i}) for i, op in enumerate([*TRAINED, "tt_linear", "tt_norm_linear"])]
     expected = [results(op, **options) for op, options in cases]
@@ -83,14 +86,14 @@ def test_many_threads_at_once() -> None:
 
 def resident() -> int:
     """Return the resident memory of this process in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc/self/statm")
 @pytest.mark.parametrize("how", ["one thread", "a thread a call"])
 def test_memory_that_is_kept_does_not_grow(how: str) -> None:
-    """A thread's scratch memory is as large as its largest call needs, and is freed when the thread ends."""
+    """A thread keeps memory for later calls. Equal calls do not need more of it, and a thread that ends frees it."""
 
     def call() -> None:
         results("tt_gelu_linear", tokens=96, d_in=1024, d_out=1024, r1=64)
@@ -104,9 +107,9 @@ def test_memory_that_is_kept_does_not_grow(how: str) -> None:
     for _ in range(10):
         once()
     grown = []
-    for _ in range(4):  # a leak uses more memory in every round, but the allocator's arenas grow only in the first
+    for _ in range(4):  # with a leak, memory grows in every round; the allocator alone grows only in some rounds
         before = resident()
         for _ in range(20):
             once()
         grown.append(resident() - before)
-    assert min(grown) < 10e6, f"more than half a megabyte per call: {grown}"
+    assert min(grown) < 10e6, f"memory grows in every round of 20 calls, by these numbers of bytes: {grown}"

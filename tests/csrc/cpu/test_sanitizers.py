@@ -1,4 +1,7 @@
-"""Test that the sanitizers of ``make check-native`` report a planted error with its location."""
+"""Test that the sanitizers of ``make check-native`` report an error with its location.
+
+The error is planted in a copy of the sources.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,10 @@
 // sanitizer. A thread must not access the shared memory of another block or memory that an asynchronous copy is
 // filling. A thread must also execute a proxy fence after a write to shared memory, before asynchronous copies and
 // products use that memory, because these do not see the writes of threads otherwise.
+//
+// The file also counts the bytes of global memory that a launch reads and writes. If a launch may start before the
+// previous kernel has ended, the file reports every access to global memory before the thread has waited for that
+// kernel.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -76,16 +80,16 @@ void access(const void* place, size_t bytes, bool writes) {
 
 namespace {
 
-// `runs` says whether a launch is in progress. All other accesses are ignored: the functions that launch kernels are
-// compiled with the same flags as the kernels. `is_dependent` says whether the launch may start before the previous
-// kernel has ended. `host` is the stack frame of the function that launches.
+// `runs` states whether a launch is in progress. Accesses at other times are ignored. They come from the functions that
+// launch kernels, which are compiled with the same flags as the kernels. `is_dependent` states whether the launch may
+// start before the previous kernel has ended. `host` is the stack frame of the function that launches.
 bool runs, is_dependent;
 const unsigned char* host;
 const bool counts = std::getenv("EFFT_EMULATION_COUNT") != nullptr;
 std::unordered_set<uintptr_t> read_sectors, written_sectors;
 
-// Returns whether no other kernel uses this memory: the stacks (which also hold the arguments of the kernel), and the
-// constants and variables of libraries.
+// Returns whether the memory is part of a stack (which can also hold the arguments of the kernel), or a constant or
+// variable of a library. No other kernel uses such memory.
 bool is_own(const void* place) {
   constexpr std::ptrdiff_t STACK_OF_HOST = 8 << 20;
   const auto above = static_cast<const unsigned char*>(place) - host;

@@ -10,7 +10,7 @@ namespace {
 struct Barrier {
   uint32_t arrivals = 0;    // number of arrivals that end a phase
   int64_t missing = 0;      // number of arrivals that are still missing in this phase
-  int64_t bytes = 0;        // number of expected bytes that have not arrived; negative if they arrived before that
+  int64_t bytes = 0;        // number of missing bytes; negative if more bytes have arrived than are expected so far
   uint32_t phase = 0;       // number of completed phases
   size_t made_by = 0;       // number of the thread that initialized the barrier
   bool is_visible = false;  // whether a fence has made the barrier visible to other blocks and to copies

@@ -1,14 +1,14 @@
 """Run one forward and one backward call of several layers in the CUDA emulator, and print the launches.
 
 Usage: ``python block.py LIBRARY TOKENS RANK PACKED D_IN D_OUT [D_IN D_OUT ...]``. LIBRARY is a library that build.py
-in this folder has built, and every pair of D_IN and D_OUT is one layer. PACKED is 1 if the factors are packed in
-advance, as a bank of factors packs them (efft_kernels/_packed.py), or else 0.
+in this folder has built, and every pair of D_IN and D_OUT is one layer. PACKED is 1 if the factors D and G are packed
+before the calls (copied to the type and layout that the kernels read, see efft_kernels/_packed.py), or else 0.
 
 Each printed line is JSON: the number of the layer, "fwd" or "bwd", and a list with [kernel, cluster, dependent, bytes]
 for each launch. ``kernel`` is the distance in bytes from the start of the library to the kernel's code. ``cluster`` is
 the number of blocks per cluster. ``dependent`` is 1 if the kernel may start before the previous kernel has ended, or
-else 0. ``bytes`` is the number of bytes that the kernel reads and writes. emulation.cpp describes the environment
-variables that decide whether kernels run and whether bytes are counted.
+else 0. ``bytes`` is the number of bytes that the kernel reads and writes, or 0 if EFFT_EMULATION_COUNT is not set.
+emulation.cpp describes this and other environment variables.
 """
 
 import ctypes

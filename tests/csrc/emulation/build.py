@@ -44,22 +44,24 @@ def hopper() -> Hopper:
     said = subprocess.run([str(tools.nvcc), "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     found = re.search(r'INCLUDES="-I([^"]+)"', said)
     if found is None:
-        raise BuildError(f"the headers of {tools.nvcc} were not found: it names none with --dryrun")
+        raise BuildError(
+            f"the headers of the CUDA toolkit were not found: {str(tools.nvcc)!r} --dryrun names no folder of headers"
+        )
     return Hopper(Path(found[1].strip()), tools.cutlass)
 
 
 def runs_hopper() -> bool:
-    """Return whether the emulator can run the kernels for compute capability 9.0; print to stderr what is missing."""
+    """Return whether the emulator can run the kernels for compute capability 9.0. If not, print why to stderr."""
     try:
         hopper()
     except BuildError as missing:
-        print(f"without the kernels of compute capability 9.0: {missing}", file=sys.stderr)
+        print(f"the emulator omits the kernels for compute capability 9.0: {missing}", file=sys.stderr)
         return False
     return True
 
 
 def sources(with_hopper: bool) -> dict[str, str]:
-    """Return the text of each file in csrc/cuda by its name, without the kernels for sm_90 if not ``with_hopper``."""
+    """Return the text of each file in csrc/cuda by its name. Unless ``with_hopper``, omit the kernels for sm_90."""
     return {p.name: p.read_text() for p in sorted(SOURCES.iterdir()) if with_hopper or not is_hopper(p.name)}
 
 
@@ -110,7 +112,8 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
         if changed & {source.name, *_included(source.name, files)} or not target.exists():
             extra = kernel if source.suffix == ".cu" else ["-O3", "-std=c++17"] if source.name in own else torch
             if is_hopper(source.name):
-                extra = [*kernel, *_hopper_flags(hopper()), "-g0"]  # writing CuTe's long type names takes too long
+                # Debug information is omitted, because writing CuTe's long type names takes too long.
+                extra = [*kernel, *_hopper_flags(hopper()), "-g0"]
             _run(tools.cxx, *flags, *extra, "-c", str(source), "-o", str(target))
         return target
 

@@ -1,5 +1,5 @@
 // Declares the part of the CUDA runtime that csrc/cuda uses, for the emulator on the CPU. The emulated GPU has compute
-// capability 8.0 or 9.0, and by default so few multiprocessors that a few tiles fill it. Files that use CuTe are
+// capability 8.0 or 9.0. By default it has only 2 multiprocessors, so a few tiles fill it. Files that use CuTe are
 // compiled with EFFT_TOOLKIT and take the types from the CUDA toolkit. The enumerators that are defined here have the
 // same values.
 #pragma once

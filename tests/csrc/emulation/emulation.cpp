@@ -77,7 +77,7 @@ struct Order {
   bool reverse = std::getenv("EFFT_EMULATION_REVERSE") != nullptr,
        drawn = std::getenv("EFFT_EMULATION_SEED") != nullptr;
   std::mt19937 draw{drawn ? static_cast<unsigned>(std::atoi(std::getenv("EFFT_EMULATION_SEED"))) : 0};
-  unsigned copies_first = 0;  // of 4 random choices, the number in which a copy completes before products do
+  unsigned copies_first = 0;  // the probability, in quarters, that a copy completes before products do
 
   size_t below(size_t count) { return draw() % count; }
 };

@@ -26,7 +26,7 @@ FAULTS = {
     ),
     "no barrier between steps of a small product": (
         "small_product.cuh",
-        "      __syncthreads();  // no thread reads the previous step any more\n",
+        "      __syncthreads();  // no thread reads the previous chunk any more\n",
         "",
         "contract",
         "WRONG",

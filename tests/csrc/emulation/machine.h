@@ -28,7 +28,7 @@ enum class State : uint8_t {
   finished
 };
 
-// A copy of one thread (cp.async).
+// An asynchronous copy that one thread has started (cp.async).
 struct Copy {
   void* to;
   const void* from;
@@ -96,7 +96,7 @@ void fence_products(size_t warp);
 bool products_done(size_t warp, int under_way);
 
 // The operations that the scheduler can complete while threads wait: asynchronous copies, and products for which a warp
-// waits. `which` is less than the number that the function before it returns.
+// waits. The first function of each pair returns how many there are, and the second completes number `which` of them.
 size_t copies_under_way();
 void land_copy(size_t which);
 size_t products_waited_for();

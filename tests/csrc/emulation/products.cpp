@@ -1,9 +1,9 @@
 // Emulates the products of warp groups (wgmma). A warp group consists of four warps, and each warp owns 16 of the 64
 // rows. Products are computed as late as possible: when one of the four warps waits for a group of products, and all
-// four have committed it. The group is then computed for all four warps. CUTLASS relies on this too, because it lets
-// one warp report that the whole warp group no longer reads a buffer. The sums that the threads of a warp hold are NaN
-// until that warp itself has waited. The registers and the shared memory that products read must not change until the
-// products are computed.
+// four have committed it. The group is then computed for all four warps. CUTLASS relies on this joint computation
+// too: it lets one warp report that the whole warp group no longer reads a buffer. The sums that the threads of a warp
+// hold are NaN until that warp itself has waited. The registers and the shared memory that products read must not
+// change until the products are computed.
 #include <algorithm>
 #include <array>
 #include <map>

@@ -8,7 +8,7 @@ wrong.
 A producer is the operation whose output the layer reads, a GELU or a norm. h = x D and dh = gy G^T are the products of
 activations and gradients with a factor. The formulas round where the kernels round: the factors, h, dh and the output
 of the producer are rounded to the dtype of the activations. The remaining differences are the order of additions and
-the last rounding, so that the tolerance can be small. Some cases also check the update h G without the base product
+the last rounding, and the tolerance is therefore small. Some cases also check the update h G without the base product
 x W^T.
 """
 
@@ -41,8 +41,8 @@ TILES = (
     *((500, 520, 256, 5), (200, 136, 256, 24), (256, 200, 256, 33), (500, 520, 256, 24)),
     *((260, 192, 72, 40), (260, 256, 200, 9)),
 )
-#: Name, results of the ops, exact results, dtype of the activations, and for sums whose terms may cancel the norm of
-#: the terms.
+#: Name of the case, results of the ops, exact results, dtype of the activations, and norms of terms. If a result is a
+#: sum whose terms may cancel, the last dictionary contains the norm of these terms.
 Case = tuple[str, dict[str, Tensor], dict[str, Tensor], torch.dtype, dict[str, float]]
 
 

@@ -1,5 +1,6 @@
-// Emulates tensor copies: copies of tiles that a tensor map describes. A copy fills its destination with NaN when it
-// starts. The scheduler in emulation.cpp decides when it arrives. A multicast arrives in each block at a separate time.
+// Emulates tensor copies (copies of tiles that a tensor map describes) and st.async, with which a thread sends
+// registers to the shared memory of another block. A copy fills its destination with NaN when it starts. The scheduler
+// in emulation.cpp decides when it arrives. A multicast arrives in each block at a separate time.
 #include <algorithm>
 
 #include "machine.h"
@@ -184,9 +185,9 @@ void land_copy(size_t which) {
   complete_bytes(flight.block, flight.barrier, flight.bytes());
 }
 
-// Replaces the driver's function. It makes the checks that the CUDA driver's manual lists, except that it refuses
-// interleaved tensors and fill values other than zero. The integer arguments are the values of the enumerators in
-// cuda.h.
+// Replaces the driver's function. It makes the checks that the CUDA driver's manual lists. It also refuses interleaved
+// tensors, fill values other than zero and element strides other than one, which the emulator does not support. The
+// integer arguments are the values of the enumerators in cuda.h.
 extern "C" __attribute__((visibility("default"))) int cuTensorMapEncodeTiled(void* to, int type, uint32_t dimensions,
     void* data, const uint64_t* sizes, const uint64_t* strides, const uint32_t* box, const uint32_t* steps,
     int interleave, int swizzle, int /*promotion*/, int fill) {

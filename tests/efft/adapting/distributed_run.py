@@ -1,9 +1,10 @@
 """Run the training steps of ``test_distributed.py`` in each of several processes, with DDP, accelerate or FSDP2.
 
-``python -m torch.distributed.run --nproc-per-node 2 distributed_run.py FOLDER WAY...`` writes one file per way and
-process, such as ``FOLDER/ddp0.pt``. A WAY is a key of ``WAYS``. The file holds the results of training without and with
-activation checkpointing: the losses, the trained tensors and, for DDP, the number of bytes that each step sent. Finally
-the processes write files about adapters of models that FSDP2 shards (:func:`adapter_files`).
+``python -m torch.distributed.run --nproc-per-node 2 distributed_run.py FOLDER WAY...`` trains a model in each WAY,
+which is a key of ``WAYS``. Every process writes one file per way, such as ``FOLDER/ddp0.pt`` (way ``ddp``, process 0).
+The file holds the results of training without and with activation checkpointing: the losses and the trained tensors.
+For ``ddp`` and ``quantized``, it also holds the number of bytes that each step sent. Finally, the processes test
+adapters of models that FSDP2 shards, and write the saved adapter and the error messages (:func:`adapter_files`).
 """
 
 # This module does not postpone annotations, because DDP reads the annotations of its communication hook.
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
@@ -24,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 
 import efft
 from efft.adapting.inject import adapter_of
+from efft.saving.files import write_adapter
 from tests.quantized import Int8, to_int8
 
 STEPS = 3
@@ -31,7 +34,10 @@ SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_head
 
 
 def adapted(rank: int, checkpointing: bool) -> nn.Module:
-    """Return a model whose random factors, biases and norms differ between processes; training must make them equal."""
+    """Return a model with random factors, biases and norms, which depend on ``rank``.
+
+    They differ between the processes until DDP sends those of process 0.
+    """
     torch.manual_seed(0)
     config = efft.EfftConfig(rank=4, dropout=0.0, trainable_scale="global", bias="all", norms=True)
     model = efft.apply(timm.models.VisionTransformer(**SIZES), config)
@@ -58,7 +64,8 @@ def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    # The gradient of the keys' bias is zero except for rounding errors. With a smaller eps, these would become steps.
+    # The gradient of the keys' bias is zero except for rounding errors. With a smaller eps, AdamW would scale
+    # these errors up to the size of the learning rate.
     return torch.optim.AdamW(efft.parameter_groups(model, lr=0.01), eps=1e-5)
 
 
@@ -80,7 +87,7 @@ def plain(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def ddp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Train on this process's part of the batch, in two halves; only the second half sends gradients."""
+    """Train on this process's part of the batch, in two halves. DDP sends the gradients only in the second half."""
     parallel = nn.parallel.DistributedDataParallel(model, init_sync=not is_quantized(model))
     sent: list[int] = []
 
@@ -135,11 +142,17 @@ def fsdp(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    """Return the model, sharded for FSDP2."""
+    """Shard the model with FSDP2 and return it."""
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
     return model
+
+
+def late_write(*arguments: Any) -> None:
+    """Write the files of an adapter half a second late, so that the other process must wait for them."""
+    time.sleep(0.5)
+    write_adapter(*arguments)
 
 
 def adapter_files(folder: Path) -> None:
@@ -147,9 +160,7 @@ def adapter_files(folder: Path) -> None:
     x, _ = batch()
     model = sharded(adapted(0, False)).eval()
     with torch.no_grad():
-        model(x)  # from here on the root's parameters are not sharded
-    if dist.get_rank() == 0:
-        time.sleep(0.5)  # the other process must wait for this one
+        model(x)  # after this first pass, FSDP2 leaves the parameters of the root unsharded
     torch.manual_seed(0)
     base = timm.models.VisionTransformer(**SIZES).eval()
     with torch.no_grad():
@@ -157,8 +168,9 @@ def adapter_files(folder: Path) -> None:
         with efft.disabled(model):
             torch.testing.assert_close(model(x), base(x))
         torch.testing.assert_close(model(x), trained_logits, rtol=0, atol=0)
-    efft.save_adapter(model, folder / "saved")
-    assert (folder / "saved" / "README.md").is_file(), "written for every process"
+    with mock.patch("efft.saving.io.files.write_adapter", late_write):
+        efft.save_adapter(model, folder / "saved")
+    assert (folder / "saved" / "README.md").is_file(), "save_adapter returned before the files were complete"
     other = sharded(adapted(1, False)).eval()
     with torch.no_grad():
         assert not torch.allclose(other(x), model(x), atol=1e-3)
@@ -191,7 +203,7 @@ def mean(value: Tensor) -> float:
 
 
 def same(rank: int, checkpointing: bool) -> nn.Module:
-    """Return a model with equal factors in every process, for ways that do not send the factors."""
+    """Return a model with equal factors in every process, because FSDP2 does not send the initial values."""
     return adapted(0, checkpointing)
 
 

@@ -1,4 +1,4 @@
-"""Compute the gradients of a model for one batch, and compare them."""
+"""Compute the gradients of a model for one batch, and compare two sets of gradients."""
 
 from __future__ import annotations
 

@@ -2,11 +2,12 @@
 
 Every update is built as a matrix, ΔW = U C_i V, and multiplied separately from the frozen weight. This implementation
 follows the description of the method: q, k and v are three products that are concatenated, o acts on the output of the
-attention, fc2 uses the transposed matrix, s is a constant multiplier, and dropout applies to the factors. One draw of
-dropout masks serves q, k, v and o of a block; fc1 and fc2 have separate draws.
+attention, fc2 uses the transposed matrix, s is a constant multiplier, and dropout applies to the factors. The dropout
+masks are drawn three times per block and pass: once for q, k, v and o, once for fc1, and once for fc2.
 
-A tensor train has the storage layout of the paper: all cores are in one tensor, with the index of the core last (ViT,
-``[r1, r2, n]``) or first (Swin, ``[n, r1, r2]``). The base is a plain model, and forward hooks add the updates.
+A tensor train consists of U, V and n cores C_i. It has the storage layout of the paper: all cores are in one tensor,
+with the index of the core last (ViT, ``[r1, r2, n]``) or first (Swin, ``[n, r1, r2]``). The frozen model is a plain
+model, and forward hooks add the updates.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from torch import Tensor, nn
 
 
 class Kept(NamedTuple):
-    """Hold one draw of dropout masks, already scaled by 1/(1-p)."""
+    """Hold the dropout masks of one draw, already scaled by 1/(1-p)."""
 
     U: Tensor  # [d_in, r1]
-    C: Sequence[Tensor]  # one [r1, r2] for each matrix that the draw serves
+    C: Sequence[Tensor]  # one mask [r1, r2] for each core that the draw serves
     V: Tensor  # [r2, d_out]
 
 
-#: A function that returns the draw of a block at a place ("mhsa", "fc1", "fc2"; "qkvo" in EFFT1).
+#: A function that returns the masks for the index of a block and a place in it. The places are "mhsa", "fc1" and "fc2"
+#: in EFFT2, and "qkvo", "fc1" and "fc2" in EFFT1.
 Draw = Callable[[int, str], Kept]
 
 
@@ -41,7 +43,7 @@ class Train:
     layout: str = "last"
 
     def dense(self, core: int, kept: Kept | None = None, of_draw: int = 0) -> Tensor:  # [d_in, d_out]
-        """Return U C_core V; ``of_draw`` is the index of this core's mask in the draw."""
+        """Return U C_core V, with the masks ``kept`` if they are given. This core has the mask ``kept.C[of_draw]``."""
         U, V = self.U, self.V
         C = self.C[..., core] if self.layout == "last" else self.C[core]
         if kept is not None:
@@ -58,7 +60,11 @@ def attach_efft2(
     per_block: bool,
     draw: Draw | None = None,
 ) -> None:
-    """Add EFFT2 to one stage. Block l uses cores 4l..4l+3 and 2l..2l+1, or all blocks share cores 0..3 and 0..1."""
+    """Add EFFT2 to the blocks of a ViT or of one stage of a Swin.
+
+    With ``per_block``, block l uses cores 4l..4l+3 of ``mhsa`` and cores 2l and 2l+1 of ``ffn``. Otherwise, all blocks
+    share cores 0..3 of ``mhsa`` and cores 0 and 1 of ``ffn``. ``s`` holds the scales of the two tensor trains.
+    """
     for index, block in enumerate(blocks):
         first = 4 * index if per_block else 0
         kept = None if draw is None else draw(index, "mhsa")
@@ -71,7 +77,10 @@ def attach_efft2(
 
 
 def attach_efft1(blocks: Sequence[nn.Module], joint: Train, s: float, *, draw: Draw | None = None) -> None:
-    """Add EFFT1: cores 3l, 3l+1, 3l+2 yield the d x 4d matrices [Wq|Wk|Wv|Wo], fc1, and fc2 (transposed)."""
+    """Add EFFT1, in which block l uses cores 3l, 3l+1 and 3l+2.
+
+    They yield the updates of [Wq|Wk|Wv|Wo], of fc1, and of fc2 (transposed), each as a d x 4d matrix.
+    """
     for index, block in enumerate(blocks):
         qkvo, fc1, fc2 = (
             joint.dense(3 * index + i, None if draw is None else draw(index, place))

@@ -1,4 +1,8 @@
-"""Test adapting a model in place and undoing it: the first output is that of the base, and only some tensors train."""
+"""Test ``efft.apply``, ``efft.remove`` and ``efft.disabled``, and which parameters are trained.
+
+A new adapter does not change the output, only its factors and the head are trained, ``efft.remove`` restores the model,
+and an error leaves the model unchanged. Other tests cover ``efft.freeze_backbone`` and ``efft.parameter_groups``.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +61,13 @@ def test_only_the_zero_side_learns_at_step_0(variant: Any, init: str, tiny_vit: 
         zero = (init[-1] if name == "ffn" else init[0]).upper()
         for factor in ("U", "C", "V"):
             parameter = getattr(factors, factor)
-            assert bool(parameter.any()) == (factor != zero), f"{name}.{factor} at the start"
+            assert bool(parameter.any()) == (factor != zero), f"initial values of {name}.{factor}"
             assert bool(parameter.grad.any()) == (factor == zero), f"gradient of {name}.{factor}"
         assert not factors.log_scale.grad.any()
 
 
 def test_core_init_follows_the_papers_layouts(tiny_vit: Make) -> None:
-    """The bounds are those of xavier_uniform_ for parameters of shape [r, r, 4 L], [4 L, r, r] and [r, r]."""
+    """The bounds are those of xavier_uniform_ for shapes [r, r, 4 L], [4 L, r, r] and [r, r] for L blocks."""
     r, n = 4, 4 * 8
     bounds = {}
     for layout, like in (("last", (r, r, n)), ("first", (n, r, r)), ("matrix", (r, r))):
@@ -109,7 +113,7 @@ def test_base_keeps_its_names_values_and_parameters(tiny_vit: Make) -> None:
     assert [n for n in state if not n.startswith("efft.")] == list(values)
     assert all(torch.equal(state[n], values[n]) for n in values)
     assert all(model.get_parameter(n) is p for n, p in objects.items())
-    model.load_state_dict(values, strict=False)  # a plain checkpoint still loads
+    model.load_state_dict(values, strict=False)  # a checkpoint of the original model still loads
 
 
 def test_only_factors_and_head_change_in_training(tiny_vit: Make, images: Tensor) -> None:
@@ -147,7 +151,7 @@ def test_config_can_be_reused_for_the_next_model(tiny_vit: Make) -> None:
     config = efft.EfftConfig(rank=4)
     model = efft.apply(tiny_vit(), config)
     config.rank = 8
-    assert model.efft.config.rank == 4, "what the factors have, and what is saved with them"
+    assert model.efft.config.rank == 4, "the model must have its own copy of the configuration"
 
 
 # --- remove -----------------------------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ def test_remove_after_training_keeps_the_head(tiny_vit: Make, images: Tensor) ->
     assert [n for n in state if not torch.equal(state[n], before[n])] == ["head.weight", "head.bias"]
     assert all(torch.equal(state[f"head.{n}"], t) for n, t in head.items())
     assert {n: id(m) for n, m in model.named_modules()} == {n: id(m) for n, m in modules.items()}
-    assert all(m.training for m in model.modules()), "the mode set while adapted stays"
+    assert all(m.training for m in model.modules()), "remove must not change the training mode"
     assert all(p.requires_grad for p in model.parameters())
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
@@ -325,7 +329,7 @@ def test_disabled_nests(adapted_vit: Make, images: Tensor) -> None:
 
 
 def test_disabled_on_a_merged_or_plain_model(adapted_vit: Make, tiny_vit: Make, images: Tensor) -> None:
-    """A merged update is removed from the weights while disabled, and restored exactly afterwards."""
+    """``disabled`` removes a merged update from the weights, and restores the merged weights exactly at its end."""
     model = adapted_vit().eval()
     with torch.no_grad(), efft.disabled(model):
         base = model(images)
@@ -363,7 +367,7 @@ def test_parameter_groups(tiny_vit: Make) -> None:
     assert settings == {"factors": (1e-3, 0.02, 6), "head": (5e-3, 0.02, 2), "scales": (1e-2, 0.0, 2)}
     grouped = [id(p) for g in groups.values() for p in g["params"]]
     trainable = [id(p) for p in model.parameters() if p.requires_grad]
-    assert sorted(grouped) == sorted(trainable), "every trainable parameter once"
+    assert sorted(grouped) == sorted(trainable), "every trainable parameter must be in exactly one group"
     assert {id(p) for p in groups["head"]["params"]} == {id(p) for p in model.head.parameters()}
     assert all(p.numel() == 1 for p in groups["scales"]["params"])
     assert efft.parameter_groups(model, lr=1e-3, scale_lr=0.0)[-1]["lr"] == 0.0

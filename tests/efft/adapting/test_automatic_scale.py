@@ -1,4 +1,8 @@
-"""Test ``scale="auto"``: an optimizer step changes the weights by similar amounts in models of different sizes."""
+"""Test ``scale="auto"``, which chooses the scale so that every configuration moves the weights by a similar amount.
+
+An adapter starts with one factor of zeros. The test replaces these zeros by ±1, which is the direction of the first
+step of Adam, and measures the change of the merged weights. Other tests check that the chosen scales are saved.
+"""
 
 from __future__ import annotations
 
@@ -62,14 +66,14 @@ def test_numbers_are_written_down(tiny_vit: Make, tmp_path: Path) -> None:
 def test_by_group(tiny_vit: Make) -> None:
     config = efft.EfftConfig(rank=4, scale={"mhsa": "auto", "ffn": 2.0})
     model = efft.apply(tiny_vit(), config)
-    assert config.scale == {"mhsa": "auto", "ffn": 2.0}, "the caller's configuration was changed"
+    assert config.scale == {"mhsa": "auto", "ffn": 2.0}, "apply changed the configuration of the caller"
     assert model.efft["ffn"].scale_value == 2.0
     automatic = efft.apply(tiny_vit(), efft.EfftConfig(rank=4, scale="auto"))
     assert model.efft["mhsa"].scale_value == automatic.efft["mhsa"].scale_value
 
 
 def test_peft_writes_them_down_too(tiny_vit: Make) -> None:
-    peft = pytest.importorskip("peft", reason="needs the peft extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     from efft.integrations.peft import EfftPeftConfig
 
     model = peft.get_peft_model(tiny_vit(), EfftPeftConfig(rank=4, scale="auto"))

@@ -1,4 +1,4 @@
-"""Test adapters on layers of bitsandbytes, whose classes have their own products and state dicts."""
+"""Test adapters on quantized layers of bitsandbytes, whose classes have their own matrix products and state dicts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def to_8bit(linear: nn.Linear) -> nn.Linear:
 
 
 def dense(layer: nn.Linear) -> Tensor:
-    """Return the values of a quantized weight, in fp64."""
+    """Return the dequantized weight of a layer in fp64."""
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
     scale = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
@@ -69,7 +69,7 @@ def test_output_and_every_gradient_of_a_layer(quantize: Callable[[nn.Linear], nn
     """The oracle uses the dequantized weight and the dense update in fp64."""
     frozen = quantize(nn.Linear(64, 96))
     layer = EfftLinear.from_linear(frozen, rank=4, n_cores=3)
-    assert isinstance(layer, type(frozen)), "with the product and the state dict of its class"
+    assert isinstance(layer, type(frozen)), "the adapted layer must have the product and the state dict of its class"
     for factor in layer.factors.parameters():
         nn.init.normal_(factor, std=0.5)
     x, gy = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 96)
@@ -116,7 +116,7 @@ def test_files_and_removal(adapted: nn.Module, backbone: Make, tiny_vit: Make, i
     other.blocks[0].attn.qkv.weight.data[:8] ^= 1
     with pytest.raises(ValueError, match="the base weights are not those it was trained on"):
         efft.load_adapter(other, tmp_path)
-    dense_base = efft.load_adapter(tiny_vit(), tmp_path)  # a base into which updates can be merged
+    dense_base = efft.load_adapter(tiny_vit(), tmp_path)  # the adapter also fits the model that is not quantized
     assert (dense_base(images) - expected).norm() < 0.1 * expected.norm()
     kinds = {n: type(m) for n, m in backbone().named_modules()}
     assert {n: type(m) for n, m in efft.remove(adapted).named_modules()} == kinds
@@ -156,7 +156,7 @@ def test_a_pool_over_it(adapted: nn.Module, backbone: Make, images: Tensor) -> N
 
 
 def test_under_peft(backbone: Make, images: Tensor) -> None:
-    peft = pytest.importorskip("peft", reason="needs the hf extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     from efft.integrations.peft import EfftPeftConfig
 
     model = peft.get_peft_model(backbone(), EfftPeftConfig(rank=4))

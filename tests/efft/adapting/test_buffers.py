@@ -1,4 +1,8 @@
-"""Test buffers that training changes, as in batch norms: the adapter saves them and ``efft.remove`` restores them."""
+"""Test buffers that training changes, such as the statistics of batch norms.
+
+An adapter saves them, ``efft.remove`` and ``efft.disabled`` restore the values of the base model, and
+``freeze_statistics=True`` prevents the changes. Other buffers are not saved.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ STATISTICS = [
 
 
 class Net(nn.Module):
-    """Combine convolutions, batch norms, constant tables, a buffer that is not persistent, and a head with a norm."""
+    """Combine convolutions, batch norms, constant and non-persistent buffers, and a head with a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +77,9 @@ def test_saved_loaded_and_put_back(tmp_path: Path, x: Tensor) -> None:
     model = train(efft.apply(base(), efft.EfftConfig(**CONFIG)))
     expected = logits(model, x)
     efft.save_adapter(model, tmp_path)
-    assert read_description(tmp_path)["buffers"] == STATISTICS, "and no table"
+    assert read_description(tmp_path)["buffers"] == STATISTICS, (
+        "only the statistics must be saved, not the constant buffers"
+    )
     loaded = efft.load_adapter(base(), tmp_path)
     assert torch.equal(logits(loaded, x), expected)
     for adapted in (model, loaded):
@@ -89,7 +95,7 @@ def test_what_training_leaves_alone_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_an_adapter_replaces_the_statistics_of_another(tmp_path: Path, x: Tensor) -> None:
-    """An adapter whose training did not change the statistics restores the base's statistics."""
+    """Loading an adapter whose training did not change the statistics restores the statistics of the base."""
     config = efft.EfftConfig(**CONFIG)
     still = efft.apply(base(), config)
     efft.save_adapter(still, tmp_path)
@@ -98,7 +104,7 @@ def test_an_adapter_replaces_the_statistics_of_another(tmp_path: Path, x: Tensor
 
 
 def test_files_from_before_load_as_before(tmp_path: Path, x: Tensor) -> None:
-    """Old files contain neither buffers nor a setting for statistics."""
+    """Old files contain neither buffers nor the setting ``freeze_statistics``."""
     still = efft.apply(base(), efft.EfftConfig(**CONFIG))
     efft.save_adapter(still, tmp_path)
 
@@ -134,12 +140,12 @@ def test_disabled_computes_as_the_base(x: Tensor) -> None:
     with efft.disabled(model):
         assert torch.equal(logits(model, x), logits(reference, x))
         model.train().fc.eval()  # the head does not belong to the base
-        model(x)  # the changes of this pass are lost
+        model(x)  # this pass changes the statistics, and `disabled` restores them at its end
     assert torch.equal(logits(model, x), trained)
 
 
 def test_disabled_between_forward_and_backward(x: Tensor) -> None:
-    """The base may run as a reference model before the backward pass, and must not overwrite what autograd needs."""
+    """The base may run as a reference model before the backward pass, without changes to tensors saved by autograd."""
     model = train(efft.apply(base(), efft.EfftConfig(**CONFIG))).eval()
     loss = model(x).square().sum()
     with torch.no_grad(), efft.disabled(model):
@@ -167,7 +173,7 @@ def test_copies_freeze_their_own_statistics() -> None:
 
 
 def test_a_base_that_is_loaded_later_is_the_base(x: Tensor) -> None:
-    """Base weights that are loaded after ``apply`` count as the base, but a checkpoint of an adapted model does not."""
+    """Base weights that are loaded after ``apply`` count as the base. Those of an adapted model's checkpoint do not."""
     model = efft.apply(Net(), efft.EfftConfig(**CONFIG))
     names = ["conv1", "conv2", "bn1", "bn2", "fc"]
     weights = {n: t for n, t in base().state_dict().items() if n.partition(".")[0] in names}
@@ -181,7 +187,7 @@ def test_a_base_that_is_loaded_later_is_the_base(x: Tensor) -> None:
 
 
 def test_merged_and_exported(tmp_path: Path, x: Tensor) -> None:
-    peft = pytest.importorskip("peft", reason="needs the hf extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     model = train(efft.apply(base(), efft.EfftConfig(**CONFIG)))
     expected = logits(model, x)
     merged = base()
@@ -202,7 +208,7 @@ def test_pools_refuse_statistics(tmp_path: Path, tiny_vit: Callable[..., nn.Modu
     efft.save_adapter(model, tmp_path)
     pool = efft.AdapterPool(normed())
     before = {name: value.clone() for name, value in pool.model.state_dict().items()}
-    message = "comes with buffers that its training changed .3, 0.num_batches_tracked first.*freeze_statistics=True"
+    message = "comes with buffers that its training changed .3, '0.num_batches_tracked' first.*freeze_statistics=True"
     with pytest.raises(ValueError, match=message):
         pool.load("a", tmp_path)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,7 @@
-"""Test activation checkpointing: layers that the backward pass runs again use the factors of their forward pass."""
+"""Test activation checkpointing, where the backward pass runs layers a second time.
+
+The second run must use the same factors and the same factor dropout as the forward pass.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def test_gradient_checkpointing_equals_plain(
 
 
 def test_gradient_checkpointing_of_transformers(randomize: Make) -> None:
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
     )
@@ -106,7 +109,7 @@ def test_checkpointed_evaluation_in_between(adapted_vit: Make, images: Tensor) -
 def test_a_pass_whose_loss_was_thrown_away_does_not_disturb_the_next(
     then: str, adapted_vit: Make, images: Tensor
 ) -> None:
-    """A training loop skips a step in this way if the loss is not finite."""
+    """This is how a training loop skips a step whose loss is not finite."""
     model = adapted_vit(std=0.2, dropout=0.3).train()
     results = []
     for checkpointing in (False, True):
@@ -121,7 +124,7 @@ def test_a_pass_whose_loss_was_thrown_away_does_not_disturb_the_next(
 
 
 def test_parts_called_alone_after_a_step(adapted_vit: Make, images: Tensor) -> None:
-    """The parts use the current factors rather than those of an earlier pass."""
+    """``forward_features`` and ``forward_head`` must use the current factors rather than those of an earlier pass."""
     model = adapted_vit(std=0.2, dropout=0.0).train()
     results = []
     for checkpointing in (False, True):

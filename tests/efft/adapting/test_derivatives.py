@@ -23,7 +23,7 @@ METHODS = {
     "efft2": efft.EfftConfig(rank=4),
     "efft1": efft.EfftConfig(rank=4, variant="efft1", trainable_scale="group"),
     "lora": efft.methods.LoRAConfig(rank=4),
-    "lora_xs": efft.methods.LoRAXSConfig(rank=4),  # D is frozen, so no layer saves its input
+    "lora_xs": efft.methods.LoRAXSConfig(rank=4),  # A is frozen, so no layer saves its input for a gradient
     "loretta_adp": efft.methods.LoRETTAAdpConfig(rank=4, bottleneck=5),
 }
 
@@ -61,7 +61,7 @@ def penalty(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_gradient_penalty(model: nn.Module, images: Tensor, fused: bool) -> None:
-    """The oracles are the reference backend, which uses torch's operations, and finite differences of gradients."""
+    """There are two oracles: the reference backend, which uses only torch's operations, and finite differences."""
     if fused:
         efft.fuse(model)
     x = images.double()
@@ -170,7 +170,7 @@ def test_a_backend_by_name_is_refused_in_transforms(one_model: nn.Module, images
 
 
 def test_forward_mode_outside_of_the_transforms_is_refused(one_model: nn.Module, images: Tensor) -> None:
-    """An unsupported tangent must raise an error rather than disappear."""
+    """If an op cannot compute the tangent of its output, it must raise an error rather than drop the tangent."""
     with forward_ad.dual_level(), use_backend("eager"):
         x = forward_ad.make_dual(images.double(), torch.ones_like(images.double()))
         with pytest.raises(NotImplementedError, match="jvp"):

@@ -1,4 +1,8 @@
-"""Test that two processes train like one with the complete batch: DDP, accelerate, a quantized base, FSDP2 (gloo)."""
+"""Test that two processes train like one process with the complete batch, with DDP, accelerate and FSDP2.
+
+The processes communicate through gloo on the CPU. One case has a quantized base. Models that FSDP2 shards must save the
+same adapter files as other models, and must refuse the operations that need the complete model.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ import torch
 
 import efft
 
-pytest.importorskip("timm", reason="needs the vision extra")
-pytest.importorskip("accelerate", reason="needs the train extra")
+pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'")
+pytest.importorskip("accelerate", reason="needs accelerate: pip install 'efft-kernels[train]'")
 
 from tests.efft.adapting import distributed_run as run
 
@@ -27,7 +31,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder with the results of every way; torchrun starts two processes once to create them."""
+    """Return the folder with the results of all ways. One call of torchrun creates them with two processes."""
     folder = tmp_path_factory.mktemp("distributed")
     environment = {
         **os.environ,
@@ -67,7 +71,7 @@ def test_two_processes_train_as_one(
 
 
 def test_ddp_sends_gradients_of_factors_and_head_once_a_step(folder: Path) -> None:
-    """The first of two backward passes per step runs under no_sync. Each trained tensor is sent once, in fp32."""
+    """Each step has two backward passes, the first under no_sync, so each trained tensor is sent once, in fp32."""
     count = efft.count_parameters(run.adapted(0, False))
     for checkpointing in (False, True):
         for result in results(folder, "ddp", checkpointing):

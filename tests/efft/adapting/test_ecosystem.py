@@ -72,7 +72,7 @@ def test_copies_are_complete_and_independent(
 
 
 def test_moving_average_of_a_model(adapted_vit: Make, images: Tensor, randomize: Make) -> None:
-    utils = pytest.importorskip("timm.utils", reason="needs the vision extra")
+    utils = pytest.importorskip("timm.utils", reason="needs timm: pip install 'efft-kernels[vision]'")
     model = adapted_vit()
     average = utils.ModelEmaV3(model, decay=0.75)
     assert torch.equal(average(images), model(images))
@@ -149,7 +149,7 @@ def test_narrow_base_with_wide_factors(dtype: torch.dtype, tiny_vit: Make, image
 def test_converting_an_adapted_model_converts_its_factors(
     convert: Callable[[nn.Module], nn.Module], adapted_vit: Make, images: Tensor
 ) -> None:
-    """If the model is converted after apply, all its tensors have the new dtype, as in any module."""
+    """If the model is converted after apply, all its tensors have the new dtype, like those of any module."""
     model = adapted_vit(std=0.2)
     expected = model(images)
     convert(model)
@@ -185,14 +185,14 @@ def test_two_passes_before_one_backward(adapted_vit: Make, images: Tensor) -> No
 
 
 def test_parts_called_alone(adapted_vit: Make, images: Tensor) -> None:
-    """forward_features runs without forward, so that no hook has contracted the cores."""
+    """``forward_features`` runs without ``forward``, so no hook of the model has multiplied the cores by V before."""
     model = adapted_vit(std=0.2, dropout=0.0)
     expected = step(model, images)
     model.zero_grad()
     y = model.forward_head(model.forward_features(images))
     assert_same(
         {"y": y}, {"y": model(images)}
-    )  # not exact: the vendor's product of one core may sum in a different order than the product of all cores
+    )  # not exactly equal: BLAS may sum the product of one core in a different order than that of all cores
     loss(y).backward()
     assert_same(gradients(model), expected)
     model.train()
@@ -229,13 +229,13 @@ def test_a_failing_pass_leaves_nothing_behind(adapted_vit: Make, images: Tensor,
     whole = model(images)
     assert_same(
         {"y": model.forward_head(model.forward_features(images))}, {"y": whole}
-    )  # the factors of the failed pass must not be used
+    )  # a pass of the parts must not use the factors of the failed pass
 
 
 @pytest.mark.parametrize("architecture", ["vit", "swin"])
 @pytest.mark.parametrize("variant", ["efft2", "efft1"])
 def test_factors_alone_learn(architecture: str, variant: Any, tiny_vit: Make, tiny_swin: Make) -> None:
-    """Base and head are random and frozen, and the data are four noisy prototypes: only the factors can learn."""
+    """Base and head are random and frozen, so only the factors can learn to classify four noisy prototype images."""
     side, model = (
         (16, tiny_vit()) if architecture == "vit" else (32, tiny_swin(patch_size=4, depths=(2, 2), num_heads=(1, 2)))
     )
@@ -267,7 +267,7 @@ def test_factors_alone_learn(architecture: str, variant: Any, tiny_vit: Make, ti
 
 
 class Gated(nn.Module):
-    """Apply two layers, and let a test hold the main thread between the hooks and the layers."""
+    """Apply two layers. In the main thread, call ``gate`` after the hooks of the model and before the first layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_threads_do_not_mix_their_passes(mode: Callable[[], Any], randomize: Make) -> None:
-    """Another thread runs one and a half passes between the start of the main thread's pass and its layers."""
+    """While the main thread waits before its first layer, another thread runs one pass and starts a second one."""
     model: Any = randomize(efft.apply(Gated(), efft.EfftConfig(targets=["first", "second"], rank=2, head=[])).eval())
     factors, x = [p for _, p in efft.named_factors(model)], torch.randn(3, 8)
     expected = torch.autograd.grad(model(x).sum(), factors)
@@ -314,7 +314,7 @@ def test_threads_do_not_mix_their_passes(mode: Callable[[], Any], randomize: Mak
     model.gate = lambda: None
     for y in outputs:
         torch.testing.assert_close(y, model(x))
-    assert model.efft["linear_8x8"]._thread is None, "the next pass is anybody's"
+    assert model.efft["linear_8x8"]._thread is None, "the factors must not belong to a thread after its pass"
 
 
 DDP = """
@@ -326,20 +326,20 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=
 saved = torch.load(f"{folder}/batch.pt")
 results = []
 for checkpointing in (False, True):
-    torch.manual_seed(rank)  # DDP must hand rank 0's factors to rank 1
+    torch.manual_seed(rank)  # DDP must send the factors of rank 0 to rank 1
     sizes = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
     model = efft.apply(timm.models.VisionTransformer(**sizes), efft.EfftConfig(rank=4, dropout=0.0))
     if rank == 0:
         model.load_state_dict(saved["model"])
     model.set_grad_checkpointing(checkpointing)
     ddp = torch.nn.parallel.DistributedDataParallel(model)
-    for _ in range(2):  # the second pass has rebuilt buckets
+    for _ in range(2):  # DDP rebuilds its buckets before the second pass
         ddp.zero_grad()
         x, y = (saved[k].chunk(2)[rank] for k in "xy")
         torch.nn.functional.cross_entropy(ddp(x), y).backward()
     results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 torch.save(results, f"{folder}/gradients{rank}.pt")
-del ddp  # before its process group goes
+del ddp  # must happen before the process group is destroyed
 dist.barrier()
 dist.destroy_process_group()
 """

@@ -1,4 +1,8 @@
-"""Test that evaluations of a model compose its factors once, and that every change of the adapter is seen."""
+"""Test repeated evaluations of an adapted model.
+
+They multiply the factors into the two matrices of each layer only once (``TTFactors.compose``). After a change of the
+adapter, they must use new matrices.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ def evaluated(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def expected(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the output with a graph, for which every pass composes the factors."""
+    """Return the output of a pass with an autograd graph, because such a pass always composes the factors again."""
     with torch.enable_grad():
         y: Tensor = copy.deepcopy(model)(images)
     return y.detach()
@@ -69,9 +73,19 @@ def _in_place(model: nn.Module, images: Tensor) -> None:
 
 
 def _averaged(model: nn.Module, images: Tensor) -> None:
-    """Load averaged weights as some libraries do, through ``.data``."""
+    """Write averaged factors through ``.data``, as some libraries do. This does not change the versions of tensors."""
     for _, factor in efft.named_factors(model):
         factor.data.copy_(factor.data * 0.5)
+
+
+def _unregistered(model: nn.Module, images: Tensor) -> None:
+    """Replace a factor by a tensor that is not a parameter, as for forward-mode differentiation, and change it."""
+    bank: Any = model.efft["mhsa"]
+    value = bank.V.detach()
+    for factor in (1.0, 2.0):
+        del bank.V
+        bank.V = factor * value
+        evaluated(model, images)
 
 
 CHANGES: dict[str, Callable[[nn.Module, Tensor], None]] = {
@@ -80,6 +94,7 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], None]] = {
     "disabled": _disabled,
     "in place": _in_place,
     "averaged": _averaged,
+    "not a parameter": _unregistered,
     "to float64 and back": lambda model, images: (model.double(), _in_place(model, images), model.float())[0],
 }
 

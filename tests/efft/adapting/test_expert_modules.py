@@ -1,4 +1,8 @@
-"""Compare adapted expert modules of transformers with dense effective weights in fp64, and test their recognition."""
+"""Test adapted expert modules of transformers; such a module holds the weights of all experts of one MoE layer.
+
+The oracle is the same module whose weights contain the dense updates, in fp64. Other tests check which modules count as
+expert modules.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from efft_kernels import Site, TTFactors
 from efft_kernels.nn.parameter import restore_module
 from tests.adapted_experts import AdaptedModel
 
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
 
 
 def modules() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
@@ -57,6 +61,7 @@ def modules() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 
 MODULES = dict(modules())
+#: For each test id, the two experts of each token.
 CHOICES = {
     "some without a token": [[0, 2], [2, 3], [2, 0], [3, 2]],
     "one token for one": [[1, 4], [4, 1], [4, 3]],
@@ -68,7 +73,7 @@ CHOICES = {
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_module_and_its_gradients(kind: str, choice: str) -> None:
-    """The oracle is autograd through weights plus dense updates in the class's own forward, in fp64."""
+    """The oracle runs the original forward of the class with the sums of weights and dense updates, under autograd."""
     plain, module = MODULES[kind](), MODULES[kind]()
     adapted = AdaptedModel(module)
     chosen = torch.tensor(CHOICES[choice], dtype=torch.long).view(-1, 2)
@@ -76,7 +81,7 @@ def test_a_module_and_its_gradients(kind: str, choice: str) -> None:
     weights = torch.rand(chosen.shape, dtype=torch.float64, requires_grad=True)
     y = module(x, chosen, weights)
     exact = torch.func.functional_call(plain, adapted.effective(), (x, chosen, weights))
-    exact = exact + 0 * x * weights.sum()  # adds a graph if no token reaches an expert and the class makes none
+    exact = exact + 0 * x * weights.sum()  # without tokens, the output may have no graph
     close = {"atol": 1e-5, "rtol": 1e-5} if kind == "MuseSparkExperts" else {}  # the norm of this class uses fp32
     torch.testing.assert_close(y, exact, **close)
     wanted = [x, weights, *adapted.bank.parameters()]
@@ -89,7 +94,7 @@ def test_a_module_and_its_gradients(kind: str, choice: str) -> None:
 
 @pytest.mark.parametrize("kind", MODULES)
 def test_one_update_of_two(kind: str) -> None:
-    """One parameter is merged or disabled while the other one's update is applied in the forward pass."""
+    """One parameter is merged or disabled, while the forward pass applies the update of the other parameter."""
     module = MODULES[kind]()
     adapted = AdaptedModel(module)
     chosen, x = torch.tensor(CHOICES["some without a token"]), torch.randn(4, 8, dtype=torch.float64)
@@ -143,7 +148,7 @@ def test_a_compiled_graph_without_breaks(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["Llama4TextExperts", "Step3p7Experts"])
 def test_a_forward_that_nothing_can_intercept(kind: str) -> None:
-    """Modules of such a class read the sums of weights and updates."""
+    """The library cannot intercept the products of these classes, so the modules read sums of weights and updates."""
     from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
     from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
@@ -176,7 +181,7 @@ def test_a_forward_that_nothing_can_intercept(kind: str) -> None:
 
 
 def test_a_pickle_that_another_process_reads(tmp_path: Path) -> None:
-    """The other process has not adapted any experts itself."""
+    """The process that reads the pickle has not adapted any experts."""
     module = MODULES["MixtralExperts"]()
     adapted = AdaptedModel(module)
     arguments = (
@@ -219,7 +224,7 @@ def test_nothing_else_is_taken_for_experts() -> None:
             adapt_experts(other, {})
     module = MODULES["MixtralExperts"]()
     AdaptedModel(module)
-    assert experts_of(module) is None, "adapted already"
+    assert experts_of(module) is None, "an adapted module must not be adapted again"
 
 
 def test_what_does_not_fit_leaves_the_module_as_it_is() -> None:

@@ -1,4 +1,8 @@
-"""Test exports of adapted and merged models by torch.export and ONNX: they match the model and do not need efft."""
+"""Test exports of adapted, fused and merged models by torch.export and ONNX, which must match the model.
+
+With the reference backend, an exported program does not need this library. With the default backend, it contains the
+ops of this library.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,12 @@ from torch import Tensor, nn
 import efft
 from efft_kernels import use_backend
 
-pytestmark = pytest.mark.slow  # exports complete models and runs them in new processes
+pytestmark = pytest.mark.slow  # exports complete models
 
 Make = Callable[..., nn.Module]
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
-#: A program that uses only torch.
+#: A program that runs an exported model with torch only.
 RUN = """
 import sys, torch
 program, inputs, out = sys.argv[1:]
@@ -40,7 +44,7 @@ FORMS: dict[str, Callable[[nn.Module], Any]] = {"adapted": as_it_is, "fused": ef
 
 @pytest.fixture
 def architecture(request: pytest.FixtureRequest, tiny_vit: Make, tiny_swin: Make, randomize: Make) -> Export:
-    """Return an adapted model in eval mode, in one of the FORMS and with a significant update, and images for it."""
+    """Return an adapted model in eval mode, in one of the FORMS, and its input. The update is not small."""
     name, _, form = request.param.partition(" ")
     if name == "vit":
         model, x, config = tiny_vit(), torch.randn(2, 3, 16, 16), efft.EfftConfig(rank=4)
@@ -78,7 +82,7 @@ def test_a_program_of_torch_export_runs_without_this_library(architecture: Expor
 
 @pytest.mark.parametrize("architecture", ["vit adapted", "swin adapted"], indirect=True)
 def test_a_program_with_the_ops_of_this_library(architecture: Export) -> None:
-    """The program accepts any number of images, and calls one op per layer, like the model."""
+    """The program accepts batches of 2 and 5 images, and has one ``tt_linear`` op for each adapted layer."""
     model, x = architecture
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for images in (x, torch.randn(5, *x.shape[1:])):
@@ -89,9 +93,9 @@ def test_a_program_with_the_ops_of_this_library(architecture: Export) -> None:
 
 @every_form
 def test_onnxruntime_agrees(architecture: Export, tmp_path: Path) -> None:
-    """The test also uses a number of images other than that of the export."""
-    pytest.importorskip("onnxscript", reason="torch.onnx.export needs it: pip install 'efft-kernels[dev]'")
-    runtime = pytest.importorskip("onnxruntime", reason="what runs it: pip install 'efft-kernels[dev]'")
+    """The model is exported with 2 images, and must also work with 5 images."""
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript: pip install 'efft-kernels[dev]'")
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'efft-kernels[dev]'")
     model, x = architecture
     path, batch = tmp_path / "model.onnx", torch.export.Dim("batch")
     with use_backend("reference"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_auto_takes_the_biases_of_adapted_layers(bias: bool, tmp_path: Path) -> 
 
 
 def test_auto_leaves_out_the_biases_of_queries_keys_and_values(tiny_vit: Make, images: Tensor) -> None:
-    """A softmax does not depend on the keys' bias, and a bias of the values acts like one of the output projection."""
+    """A bias of the keys has no effect on a softmax. A bias of the values acts like a bias of the output projection."""
     model = efft.apply(tiny_vit(), efft.EfftConfig.auto(rank=2))
     layers = ("attn.proj", "mlp.fc1", "mlp.fc2")
     assert adapter_of(model).extras == [f"blocks.{i}.{layer}.bias" for i in (0, 1) for layer in layers]
@@ -148,6 +149,25 @@ def test_packed_projections_have_their_biases() -> None:
     assert adapter_of(model).extras == names
     model(torch.randn(2, 3, 8)).square().sum().backward()
     assert all(dict(model.named_parameters())[name].grad.any() for name in names)
+
+
+class Router(nn.Module):
+    """Select experts by scores plus a bias that no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 2)
+        self.expert_bias = nn.Parameter(torch.zeros(2), requires_grad=False)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_biases_that_the_model_does_not_train_are_left_out(frozen: bool) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), Router()) for _ in range(2)))
+    if frozen:  # then nothing tells which parameters the model trains
+        model.requires_grad_(False)
+    plan = efft.inspect(model, efft.EfftConfig(rank=1, bias="all", head=[]))
+    names = ["0.bias", *["1.expert_bias"] * frozen, "1.gate.bias"]
+    assert list(plan.extras) == [f"{i}.{name}" for i in range(2) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +261,7 @@ def test_groups_of_the_optimizer_follow_the_configuration(trained: Make) -> None
 
 
 def test_groups_of_the_optimizer_under_peft(tiny_vit: Make) -> None:
-    peft = pytest.importorskip("peft", reason="needs the peft extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     from efft.integrations.peft import EfftPeftConfig
 
     rates = {"cores": 3, "biases": 2, "norms": 5}
@@ -257,6 +277,46 @@ def test_groups_of_the_optimizer_under_peft(tiny_vit: Make) -> None:
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"the active adapters \['default', 'other'\] have different rates"):
         efft.parameter_groups(model, 1e-3)
+
+
+@pytest.mark.parametrize("wrap", [torch.optim.swa_utils.AveragedModel, lambda model: nn.ModuleDict({"net": model})])
+def test_groups_of_a_module_around_the_model(wrap: Callable[[nn.Module], nn.Module], trained: Make) -> None:
+    model = trained(rates={"cores": 3, "biases": 2}, trainable_scale=True)
+    groups, expected = (
+        {
+            g["name"]: (g["lr"], g["weight_decay"], [p.shape for p in g["params"]])
+            for g in efft.parameter_groups(m, 1e-3)
+        }
+        for m in (wrap(model), model)
+    )
+    assert groups == expected
+
+
+def test_groups_of_two_models_in_a_module(trained: Make) -> None:
+    models = nn.ModuleList([trained(rates={"cores": 3}), trained(rates={"cores": 3})])
+    groups = {g["name"]: len(g["params"]) for g in efft.parameter_groups(models, 1e-3)}
+    assert groups == {g["name"]: 2 * len(g["params"]) for g in efft.parameter_groups(models[0], 1e-3)}
+    models.append(trained(rates={"cores": 2}))
+    with pytest.raises(ValueError, match="the adapted models '0', '1', '2' in this ModuleList have different rates"):
+        efft.parameter_groups(models, 1e-3)
+
+
+def test_steps_that_rounding_undoes(tiny_vit: Make, images: Tensor) -> None:
+    """The weights of the norms are one, where the distance between two numbers in bfloat16 is 2**-8 or 2**-7."""
+    model = efft.apply(tiny_vit().bfloat16(), efft.EfftConfig(**ALL))
+    message = "a step of the learning rate 0.0005 would not change 96 of the 160 entries of the norms, because bfloat16"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        efft.parameter_groups(model, 5e-4)
+    with torch.no_grad():
+        model.norm.bias.add_(1)
+    with pytest.warns(UserWarning, match=message):
+        groups = efft.parameter_groups(model, 5e-4)
+    before = model.norm.weight.detach().clone()
+    model(images.bfloat16()).float().square().sum().backward()
+    torch.optim.AdamW(groups).step()
+    assert model.norm.weight.grad.any()
+    assert torch.equal(model.norm.weight, before)
 
 
 @pytest.mark.parametrize(
@@ -306,8 +366,32 @@ def test_disabled_computes_the_base(merged: bool, tiny_vit: Make, trained: Make,
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
+def test_trained_values_are_not_mistaken_for_those_of_the_base(trained: Make, tiny_vit: Make, tmp_path: Path) -> None:
+    """Within disabled, the model has the base's biases and norms, which must not be saved as trained ones."""
+    model, state = trained(), trained().state_dict()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folder = efft.save_adapter(model, tmp_path / "earlier")
+    operations: dict[str, Callable[[], Any]] = {
+        "save_adapter": lambda: efft.save_adapter(model, tmp_path / "later"),
+        "export_lora": lambda: efft.export_lora(model, tmp_path / "lora"),
+        "merged_state_dict": lambda: efft.merged_state_dict(model),
+        "parameter_groups": lambda: efft.parameter_groups(model, 1e-3),
+        "load_adapter": lambda: efft.load_adapter(model, folder),
+        "load_state_dict": lambda: model.load_state_dict(state),
+        "AdapterPool.add": lambda: efft.AdapterPool(tiny_vit()).add("name", model),
+        "remove": lambda: efft.remove(model),
+    }
+    with efft.disabled(model):
+        for name, operation in operations.items():
+            with pytest.raises(RuntimeError, match=f"{name}: within the with block of efft.disabled"):
+                operation()
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    efft.save_adapter(model, tmp_path / "later")
+
+
 def test_a_graph_may_span_disabled(trained: Make, tiny_vit: Make, images: Tensor) -> None:
-    """As in distillation, a pass of the base runs between the pass of the student and its backward pass."""
+    """As in distillation, the base runs between the forward pass and the backward pass of the adapted model."""
     model = trained()
     model(images).square().sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -326,7 +410,7 @@ def test_a_base_that_is_loaded_later(tiny_vit: Make, images: Tensor) -> None:
     model.to_empty(device="cpu")
     for factors in model.efft.values():
         factors.reset_parameters()
-    with pytest.raises(ValueError, match=r"the base's values of patch_embed.proj.bias are not known"):
+    with pytest.raises(ValueError, match=r"the base's values of 'patch_embed.proj.bias' are not known"):
         efft.remove(model)
     with pytest.raises(ValueError, match="are not known"), efft.disabled(model):
         pass
@@ -337,6 +421,43 @@ def test_a_base_that_is_loaded_later(tiny_vit: Make, images: Tensor) -> None:
     with efft.disabled(model):
         assert torch.equal(model(images), base(images))
     assert not torch.equal(model(images), base(images))
+
+
+def test_a_checkpoint_of_another_base(tiny_vit: Make, trained: Make, images: Tensor) -> None:
+    """The weights of the checkpoint's base are loaded, but its biases and norms before training are not in the file."""
+    source = trained()
+    model = tiny_vit().eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)
+    efft.apply(model, efft.EfftConfig(**ALL))
+    model.load_state_dict(source.state_dict())
+    assert torch.equal(model(images), source(images))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.bias are not known, because a state dict"):
+        efft.remove(model)
+    with pytest.raises(ValueError, match="are not known"), efft.disabled(model):
+        pass
+    model.load_state_dict(tiny_vit().state_dict(), strict=False)
+    model.load_state_dict(source.state_dict())
+    with efft.disabled(model), efft.disabled(source):
+        assert torch.equal(model(images), source(images))
+
+
+def test_a_checkpoint_of_the_same_base(tiny_vit: Make, trained: Make, images: Tensor) -> None:
+    source, model = trained(), efft.apply(tiny_vit().eval(), efft.EfftConfig(**ALL))
+    model.load_state_dict({name: tensor.double() for name, tensor in source.state_dict().items()})
+    with efft.disabled(model), efft.disabled(source):
+        assert torch.equal(model(images), source(images))
+
+
+def test_checkpoints_of_one_of_two_models(tiny_vit: Make, trained: Make, images: Tensor) -> None:
+    pair = nn.ModuleDict({"one": efft.apply(tiny_vit().eval(), efft.EfftConfig(**ALL)), "other": trained()})
+    state = pair.state_dict()
+    base = {f"one.{name}": tensor for name, tensor in tiny_vit().state_dict().items()}
+    pair.load_state_dict({n: t for n, t in state.items() if n.startswith("other.")} | base, strict=False)
+    other: Any = pair["other"]
+    with efft.disabled(other):
+        expected = tiny_vit().eval().forward_features(images)
+        assert torch.equal(other.forward_features(images), expected)
 
 
 # --- merged, saved, copied --------------------------------------------------------------------------------------------

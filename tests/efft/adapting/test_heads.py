@@ -16,7 +16,8 @@ from efft.adapting.heads import find_head, is_language_model
 
 Make = Callable[..., nn.Module]
 
-#: Names of heads, and the classes of transformers that have them, with default configurations on the meta device.
+#: Names of head modules, and the classes of transformers that have them. The tests create a model of each class with
+#: its default configuration on the meta device.
 TRANSFORMERS = {
     ("classifier",): """
         ViTForImageClassification DeiTForImageClassification SwinForImageClassification Dinov2ForImageClassification
@@ -32,8 +33,8 @@ TRANSFORMERS = {
     ("projector", "classifier"): "Wav2Vec2ForSequenceClassification WhisperForAudioClassification",
     ("class_labels_classifier", "bbox_predictor"): """
         DetrForObjectDetection TableTransformerForObjectDetection YolosForObjectDetection""",
-    # Language models, whose heads are pretrained like all other weights; base models, which have no head; and a model
-    # whose heads are inside its base model, for which a warning is expected.
+    # These models have no head of a task. The heads of language models are pretrained like all other weights, and base
+    # models have no head. The heads of RTDetr are inside its base model, where they are not found.
     (): """
         BertForMaskedLM DistilBertForMaskedLM GPT2LMHeadModel LlamaForCausalLM BertForPreTraining
         T5ForConditionalGeneration BartForConditionalGeneration WhisperForConditionalGeneration
@@ -76,7 +77,7 @@ def cases(table: dict[tuple[str, ...], str]) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("name", "head"), cases(TRANSFORMERS))
 def test_transformers(name: str, head: list[str]) -> None:
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     kind = getattr(transformers, name)
     with torch.device("meta"):
         model = kind(kind.config_class())
@@ -85,8 +86,9 @@ def test_transformers(name: str, head: list[str]) -> None:
 
 @pytest.mark.parametrize(("name", "head"), cases(TORCHVISION))
 def test_torchvision(name: str, head: list[str]) -> None:
-    models = pytest.importorskip("torchvision", reason="needs the vision extra").models
-    whole = any(kind in name for kind in ("resnet50", "vgg16"))  # by default, these load weights for their backbone
+    models = pytest.importorskip("torchvision", reason="needs torchvision: pip install 'efft-kernels[vision]'").models
+    # By default, these models load the weights of their backbone.
+    whole = any(kind in name for kind in ("resnet50", "vgg16"))
     backbone: dict[str, Any] = {"weights_backbone": None} if whole else {}
     extra: dict[str, Any] = {"aux_logits": False} if name == "googlenet" else {}
     with torch.device("meta"):
@@ -96,14 +98,14 @@ def test_torchvision(name: str, head: list[str]) -> None:
 
 @pytest.mark.parametrize(("name", "head"), cases(TIMM))
 def test_timm(name: str, head: list[str]) -> None:
-    timm = pytest.importorskip("timm", reason="needs the vision extra")
+    timm = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'")
     with torch.device("meta"):
         model = timm.create_model(name)
     assert find_head(model, None) == head
 
 
 def test_auxiliary_heads() -> None:
-    models = pytest.importorskip("torchvision", reason="needs the vision extra").models
+    models = pytest.importorskip("torchvision", reason="needs torchvision: pip install 'efft-kernels[vision]'").models
     with torch.device("meta"):
         segmenting = models.get_model("fcn_resnet50", weights=None, weights_backbone=None, aux_loss=True)
         inception = models.get_model("inception_v3", weights=None, init_weights=False)
@@ -112,7 +114,7 @@ def test_auxiliary_heads() -> None:
 
 
 def test_a_head_of_transformers_inside_another_module() -> None:
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     with torch.device("meta"):
         inner = transformers.BertForQuestionAnswering(transformers.BertConfig(num_hidden_layers=1))
         language = transformers.BertForMaskedLM(transformers.BertConfig(num_hidden_layers=1))
@@ -121,10 +123,12 @@ def test_a_head_of_transformers_inside_another_module() -> None:
 
 
 def test_language_models(tiny_vit: Make) -> None:
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     config = transformers.Wav2Vec2Config(num_hidden_layers=1)
     with torch.device("meta"):
-        assert not is_language_model(transformers.Wav2Vec2ForCTC(config)), "its vocabulary is the task's"
+        assert not is_language_model(transformers.Wav2Vec2ForCTC(config)), (
+            "the vocabulary of this model belongs to its task"
+        )
     assert not is_language_model(tiny_vit())
 
 
@@ -134,7 +138,7 @@ def test_a_model_without_a_head_is_named(tiny_vit: Make) -> None:
         UserWarning, match="found no head in this VisionTransformer, so nothing but the factors is trained"
     ):
         efft.apply(tiny_vit(num_classes=0), efft.EfftConfig(**config))
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=16))
     with warnings.catch_warnings():

@@ -1,4 +1,7 @@
-"""Test the diagonals of each weight (``layer_scale``): their number, and exact results in every form of an adapter."""
+"""Test ``layer_scale``, which multiplies the inputs and the outputs of each update by trained vectors a and b.
+
+The vectors are called diagonals, because the update of a weight becomes diag(b) ΔW diag(a).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ SIDES = ["in", "out", "both"]
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("variant", ["efft1", "efft2"])
 def test_counts_by_formula(sides: str, variant: str, tiny_vit: Make) -> None:
-    """Each of the 8 layers has one diagonal of the length of its input, one of the length of its output, or both.
+    """Each of the 8 layers has a diagonal with one entry per input, a diagonal with one entry per output, or both.
 
     With efft1, qkv and proj use some columns of a tensor train of width 64, and their output diagonals have length 64.
     """
@@ -48,7 +51,7 @@ def test_first_step_is_a_no_op(sides: str, tiny_vit: Make, images: Tensor) -> No
 
 @pytest.mark.parametrize("variant", ["efft1", "efft2"])
 def test_the_update_is_that_of_the_formula(variant: str, adapted_vit: Make) -> None:
-    """The oracle is the update of the same factors without diagonals, with its inputs scaled by a and outputs by b."""
+    """The oracle scales the inputs of the update without diagonals by a, and the outputs by b."""
     config = {"variant": variant, "scale": 0.7}
     model = adapted_vit(layer_scale="both", **config).double()
     plain = adapted_vit(**config).double()
@@ -62,7 +65,7 @@ def test_the_update_is_that_of_the_formula(variant: str, adapted_vit: Make) -> N
 
 @pytest.mark.parametrize("sides", SIDES)
 def test_gradients_are_those_of_the_dense_model(sides: str, adapted_vit: Make, tiny_vit: Make, images: Tensor) -> None:
-    """The oracle is a finite difference of the merged model along a direction in the space of all diagonals."""
+    """The oracle is a finite difference of the merged model's loss, if all diagonals change in a random direction."""
     model = adapted_vit(std=0.3, layer_scale=sides, dropout=0.0).double()
     diagonals = {n: p for n, p in efft.named_factors(model) if n.rpartition(".")[2] in ("a", "b")}
     assert diagonals

@@ -1,4 +1,7 @@
-"""Test models that accelerate offloads: their adapters train and load like those of other models."""
+"""Test models whose weights accelerate offloads to the CPU or the disk.
+
+Their adapters train, save and load like those of other models. Operations that read the offloaded weights are refused.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from torch import Tensor, nn
 import efft
 from efft.methods import LoRAXSConfig
 
-accelerate = pytest.importorskip("accelerate", reason="needs the train extra")
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'efft-kernels[train]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 64}
 IDS = torch.arange(12).view(2, 6)
@@ -69,12 +72,12 @@ def weight(model: Any) -> Tensor:
 
 def test_trains_saves_and_loads(offloaded: Offload, tmp_path: Path) -> None:
     model, whole = offloaded(), efft.apply(base(), efft.EfftConfig(**CONFIG))
-    assert weight(model).is_meta, "else this tests nothing"
+    assert weight(model).is_meta, "the weight must be offloaded before the test"
     efft.apply(model, efft.EfftConfig(**CONFIG))
     expected = trained(whole)
     for name, value in trained(model).items():
         torch.testing.assert_close(value, expected[name])
-    assert weight(model).is_meta, "the weights go back"
+    assert weight(model).is_meta, "the weight must be offloaded again after the pass"
     efft.save_adapter(model, tmp_path / "adapter")
     torch.testing.assert_close(logits(efft.load_adapter(base(), tmp_path / "adapter")), logits(whole))
     efft.save_adapter(whole, tmp_path / "adapter")

@@ -1,4 +1,8 @@
-"""Compare the adapted model with the paper's dense formulation: outputs and all gradients, with and without dropout."""
+"""Compare adapted models with the paper's dense formulation (``paper_code.py``), with and without factor dropout.
+
+The tests compare outputs and the gradients of the input, the factors and the head. Other tests cover the masks of
+factor dropout, and an MLP with a gate.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +23,10 @@ Make = Callable[..., nn.Module]
 
 # Tolerances for rounding only, relative to the largest element of each tensor.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
-S = (0.7, 1.9)  # the scales of attention and MLP differ, so that a mix-up is visible
+S = (0.7, 1.9)  # the scales of attention and MLP differ, so a mix-up would be visible
 P = 0.3
-#: For each kind of group, the places in the dense formulation and the (mask scope, cores) in this library.
+#: For each kind of group, its places in the dense formulation. For each place, the index of the draw of masks for U and
+#: V, and the indices of the cores in this library.
 PLACES = {
     "mhsa": {"mhsa": (0, (0, 1, 2, 3))},
     "ffn": {"fc1": (0, (0,)), "fc2": (1, (1,))},
@@ -34,14 +39,14 @@ SWIN_RANKS = {f"stage{i + 1}_mhsa": 3 << i for i in range(4)} | {
 
 
 def stages(model: nn.Module) -> list[tuple[str, list[nn.Module]]]:
-    """Return (prefix of the group names, blocks) of each stage."""
+    """Return (prefix of the group names, blocks) of each stage. A ViT has one stage."""
     if hasattr(model, "layers"):
         return [(f"stage{i + 1}_", list(stage.blocks)) for i, stage in enumerate(model.layers)]
     return [("", list(model.blocks))]
 
 
 def to_paper(factors: TTFactors, layout: str) -> Train:
-    """Return the factors of a bank in the paper's storage layout, as separate leaves."""
+    """Return copies of the factors in the paper's storage layout, as leaves of autograd."""
     cores = factors.C.detach().flatten(0, 1)  # [n_layers * n_cores, r1, r2]
     cores = cores.permute(1, 2, 0) if layout == "last" else cores
     U, C, V = (t.detach().clone().contiguous().requires_grad_() for t in (factors.U, cores, factors.V))
@@ -49,14 +54,14 @@ def to_paper(factors: TTFactors, layout: str) -> Train:
 
 
 def gradients_of(train: Train, like: TTFactors) -> dict[str, Tensor]:
-    """Return the gradients of a tensor train in the storage layout of a bank."""
+    """Return the gradients of a tensor train in the storage layout of ``like``."""
     assert train.C.grad is not None
     C = train.C.grad.permute(2, 0, 1) if train.layout == "last" else train.C.grad
     return {"U": train.U.grad, "C": C.reshape(like.C.shape), "V": train.V.grad}
 
 
 def draw_of(masks: dict[str, Masks], prefix: str, kinds: tuple[str, ...], keep: float, dtype: torch.dtype) -> Draw:
-    """Return the masks of a stage's banks in the form of the dense formulation."""
+    """Return a function that returns the masks of one stage in the form that the dense formulation expects."""
 
     def draw(block: int, place: str) -> Kept:
         kind = next(kind for kind in kinds if place in PLACES[kind])
@@ -101,7 +106,7 @@ def run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def assert_close(what: str, ours: Tensor | None, dense: Tensor | None) -> None:
     assert ours is not None, what
     assert dense is not None, what
-    assert dense.abs().max() > 0, f"{what}: nothing to compare"
+    assert dense.abs().max() > 0, f"{what}: the expected tensor is zero"
     error = ((ours - dense).abs().max() / dense.abs().max()).item()
     assert error < TOLERANCE[ours.dtype], f"{what}: relative error {error:.1e}"
 
@@ -179,7 +184,7 @@ def test_dropout_draws_follow_the_paper(tiny_vit: Make) -> None:
             assert first.V.shape == (2, scopes[name], *factors.V.shape)
             assert first.C.shape == (2, factors.n_cores, 8, 8)
             for drawn in (torch.cat([first.U, second.U]).flatten(0, 1), torch.cat([first.V, second.V]).flatten(0, 1)):
-                assert len(drawn.unique(dim=0)) == len(drawn), "two draws are the same"
+                assert len(drawn.unique(dim=0)) == len(drawn), "two draws are equal"
             kept = torch.cat([m.flatten() for m in first]).double().mean().item()
             assert abs(kept - 0.7) < 0.05
             assert factors.eval().draw_masks(2) is None
@@ -203,8 +208,8 @@ def test_dropout_keeps_the_mean_of_the_update(tiny_vit: Make, randomize: Make) -
 
 
 def test_gated_mlp_has_one_core_for_each_half_of_fc1(tiny_vit: Make, randomize: Make, images: Tensor) -> None:
-    """DINOv2's packed SwiGLU has fc1 = [U C_0 V | U C_1 V] and fc2 = (U C_2 V)ᵀ."""
-    layers = pytest.importorskip("timm").layers
+    """In DINOv2's packed SwiGLU, the update of fc1 is [U C_0 V | U C_1 V], and that of fc2 is (U C_2 V)ᵀ."""
+    layers = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'").layers
     base = tiny_vit(mlp_layer=layers.SwiGLUPacked, mlp_ratio=4).double().eval()
     model = randomize(efft.apply(copy.deepcopy(base), efft.EfftConfig(rank=4, targets="ffn", scale=0.6)))
     factors = model.efft["ffn"]
@@ -214,5 +219,6 @@ def test_gated_mlp_has_one_core_for_each_half_of_fc1(tiny_vit: Make, randomize: 
         for i, block in enumerate(base.blocks):
             gate, up, down = (factors.U @ factors.C[i, k] @ factors.V for k in range(3))
             block.mlp.fc1.weight += 0.6 * torch.cat((gate, up), dim=1).t()
-            block.mlp.fc2.weight += 0.6 * down  # [out, in] of the transposed train is U C V itself
+            # fc2 has the transposed update, so its weight [out, in] changes by U C V.
+            block.mlp.fc2.weight += 0.6 * down
         torch.testing.assert_close(model(images.double()), base(images.double()), rtol=1e-10, atol=1e-10)

@@ -1,4 +1,7 @@
-"""Compare adapters on a quantized backbone with the same model with dequantized weights."""
+"""Test adapters of quantized models, whose results must equal those of the same adapters on the dequantized weights.
+
+Other tests cover adapter files, copies, merging and peft.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def quantized(quantize: Quantize, tiny_vit: Make, randomize: Make) -> nn.Module:
 
 
 def dequantized(model: nn.Module, make: Make) -> nn.Module:
-    """Return a model of plain layers with the same values."""
+    """Return a model of plain layers that has the same factors and the dequantized weights."""
     plain = efft.apply(make(), efft.EfftConfig(**CONFIG)).eval()
     state = model.state_dict()
     plain.load_state_dict({n: frozen.dequantized(t) for n, t in state.items()})
@@ -62,7 +65,7 @@ def test_trains_as_with_the_dequantised_weights(quantized: nn.Module, tiny_vit: 
 
 @pytest.mark.parametrize("way", ROUNDING_WAYS)
 def test_trains_where_products_round_their_input(way: str, tiny_vit: Make, images: Tensor, randomize: Make) -> None:
-    """Results differ from those of dequantized weights by the rounding of activations; every factor has a gradient."""
+    """These layers round their input, so the results differ slightly from those of dequantized weights."""
     model = randomize(efft.apply(backbone(tiny_vit(), ROUNDING_WAYS[way]), efft.EfftConfig(**CONFIG)), std=0.2).eval()
     expected, got = step(dequantized(model, tiny_vit), images), step(model, images)
     assert got.keys() == expected.keys() > {"efft.mhsa.C", "head.weight"}
@@ -94,7 +97,7 @@ def test_adapter_files(
 
 def test_copies(quantize: Quantize, quantized: nn.Module, images: Tensor, randomize: Make) -> None:
     if quantize is to_nf4:
-        pytest.skip("torchao copies an NF4Tensor by quantizing its values again, in blocks of 64")
+        pytest.skip("torchao copies an NF4Tensor by quantizing its values again, so the copy differs")
     expected = quantized(images)
     twin = copy.deepcopy(quantized)
     assert torch.equal(twin(images), expected)
@@ -130,7 +133,7 @@ def test_a_quantised_head_is_refused(tiny_vit: Make) -> None:
 
 
 def test_under_peft(quantize: Quantize, tiny_vit: Make, images: Tensor) -> None:
-    peft = pytest.importorskip("peft", reason="needs the hf extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     from efft.integrations.peft import EfftPeftConfig
 
     model = peft.get_peft_model(backbone(tiny_vit(), quantize), EfftPeftConfig(rank=4)).eval()

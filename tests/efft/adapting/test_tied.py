@@ -69,7 +69,7 @@ def test_one_update_for_both(base: nn.Module, config: efft.EfftConfig | LoRAConf
 
     dense = copy.deepcopy(base)
     with torch.no_grad():
-        for name in layers.keys() - {"blocks.2.shared"}:  # shares the weight of the first block
+        for name in layers.keys() - {"blocks.2.shared"}:  # this layer shares the weight of blocks.0.shared
             dense.get_submodule(name).weight += layers[name].delta_weight()
     expected = dense(X)
     torch.testing.assert_close(model(X), expected)
@@ -142,3 +142,12 @@ def test_weights_of_something_else_too_are_left_out(base: nn.Module, other: str)
     with pytest.warns(UserWarning, match=r"shared\.weight \(2, .* tied: blocks\.0\.shared and blocks\.2\.shared and "):
         model = efft.apply(base, efft.EfftConfig(rank=2, head=["head"]))
     assert len(efft.adapted_layers(model)) == 4
+
+
+def test_a_head_that_shares_a_parameter_with_the_backbone(base: nn.Module, recwarn: pytest.WarningsRecorder) -> None:
+    efft.remove(efft.apply(base, efft.EfftConfig(rank=2)))
+    assert not recwarn.list
+    base.head.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))
+    base.register_parameter("table", base.head.weight)
+    with pytest.warns(UserWarning, match=r"head\.weight of the head and table are one parameter"):
+        efft.apply(base, efft.EfftConfig(rank=2))

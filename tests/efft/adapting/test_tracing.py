@@ -1,4 +1,7 @@
-"""Test graphs of torch.fx: in every tracer, an adapted layer is one call of its bank and one call of the op."""
+"""Test graphs of torch.fx, from the default tracer and from timm's feature extraction.
+
+In a graph, the module that holds the factors is called once for each adapted layer, and the graph trains its factors.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ Make = Callable[..., nn.Module]
 
 
 class Blocks(nn.Module):
-    """Apply an MLP that the default tracer can trace; vision transformers depend on sizes, which it cannot trace."""
+    """Apply MLPs that the default tracer can trace. It cannot trace code that depends on sizes, such as a ViT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +51,9 @@ def test_the_default_tracer(traced: tuple[nn.Module, torch.fx.GraphModule]) -> N
     expected = torch.autograd.grad(model(X).square().sum(), list(model.efft.parameters()))
     got = torch.autograd.grad(graph(X).square().sum(), [trained[f"efft.{n}"] for n, _ in model.efft.named_parameters()])
     torch.testing.assert_close(got, expected)
-    assert all("__module__" not in vars(module) for module in model.modules()), "as it was"
+    assert all("__module__" not in vars(module) for module in model.modules()), (
+        "tracing must not leave attributes on the modules"
+    )
 
 
 def test_a_graph_follows_its_factors_and_is_a_module_of_its_own(
@@ -83,7 +88,7 @@ def test_factor_dropout_is_drawn_in_training(randomize: Callable[..., nn.Module]
 
 
 def test_features_of_timm(tiny_vit: Make, randomize: Callable[..., nn.Module], images: Tensor) -> None:
-    features = pytest.importorskip("timm.models._features_fx", reason="needs the vision extra")
+    features = pytest.importorskip("timm.models._features_fx", reason="needs timm: pip install 'efft-kernels[vision]'")
     model = randomize(efft.apply(tiny_vit().eval(), efft.EfftConfig(rank=4)))
     extractor = features.create_feature_extractor(model, {"blocks.0": "first", "blocks.1": "second"})
     got, seen = extractor(images), []
@@ -115,7 +120,9 @@ def test_convolutions(randomize: Callable[..., nn.Module]) -> None:
 
 
 def test_conv1d_of_transformers(randomize: Callable[..., nn.Module]) -> None:
-    pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="needs the hf extra")
+    pytorch_utils = pytest.importorskip(
+        "transformers.pytorch_utils", reason="needs transformers: pip install 'efft-kernels[hf]'"
+    )
     base = nn.Sequential(pytorch_utils.Conv1D(12, 8), nn.GELU(), pytorch_utils.Conv1D(8, 12)).double()
     model = randomize(efft.apply(base, efft.EfftConfig(targets=["0", "2"], rank=2, head=[]))).eval()
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), model(X))

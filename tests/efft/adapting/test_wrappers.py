@@ -1,4 +1,7 @@
-"""Test models inside DDP, FSDP and DataParallel, compiled models, and modules that compute their weights."""
+"""Test models inside DDP, FSDP and DataParallel, compiled models, and layers that compute their weights in each pass.
+
+Such layers have a pruning mask, a weight norm or a spectral norm.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +52,11 @@ def test_what_is_wrapped_is_refused(wrap: Any, tiny_vit: Make, adapted_vit: Make
     cases = [(wrapped, f"got a {kind}"), (around, f"this ModuleList contains a {kind}"), *inside]
     for target, got in cases:
         names = list(target.state_dict())
-        with pytest.raises(ValueError, match=rf"expected a plain model, {got}, .*call efft.apply on the plain model"):
+        with pytest.raises(
+            ValueError, match=rf"expected a plain model, but {got}, .*call efft.apply on the plain model"
+        ):
             efft.apply(target, efft.EfftConfig(rank=4))
-        with pytest.raises(ValueError, match=rf"expected a plain model, {got}, .*call efft.load_adapter on"):
+        with pytest.raises(ValueError, match=rf"expected a plain model, but {got}, .*call efft.load_adapter on"):
             efft.load_adapter(target, tmp_path)
         assert list(target.state_dict()) == names
 
@@ -63,7 +68,7 @@ def test_a_part_of_what_ddp_wraps_is_refused_and_another_model_is_not(tiny_vit: 
     with pytest.raises(ValueError, match="this VisionTransformer is inside a DistributedDataParallel"):
         efft.apply(model, efft.EfftConfig(rank=4))
     efft.apply(tiny_vit(), efft.EfftConfig(rank=4))
-    wrapped.itself = [wrapped]  # creates a reference cycle, as closures and hooks do, which delays the deletion
+    wrapped.itself = [wrapped]  # creates a reference cycle, as hooks may do, which delays the deletion of the wrapper
     del wrapped
     efft.apply(model, efft.EfftConfig(rank=4))
 
@@ -75,7 +80,7 @@ def test_a_part_of_what_fully_shard_shards_is_refused(tiny_vit: Make) -> None:
 
     model = tiny_vit()
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match="expected a whole model, this Sequential is sharded by fully_shard"):
+    with pytest.raises(ValueError, match="expected a whole model, but this Sequential is sharded by fully_shard"):
         efft.apply(model.blocks, efft.EfftConfig(targets=["qkv"], rank=4, head=[]))
 
 
@@ -151,7 +156,7 @@ def test_weights_that_are_computed_are_not_merged(put_on: Any, adapted_vit: Make
         "remove": efft.remove,
     }.items():
         with pytest.raises(
-            ValueError, match=rf"efft.{operation}: blocks\.1\.mlp\.fc1 computes its weight in each pass"
+            ValueError, match=rf"efft.{operation}: 'blocks\.1\.mlp\.fc1' computes its weight in each pass"
         ):
             run(model)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())

@@ -1,4 +1,7 @@
-"""Test ZeRO-3: with DeepSpeed if it is installed, and with a short imitation of its treatment of parameters."""
+"""Test ZeRO-3, which shards all parameters and gathers those of a module only while the module runs.
+
+One test uses DeepSpeed and needs two processes. The other tests imitate in one process how ZeRO-3 empties parameters.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class _Again(torch.autograd.Function):
 
 
 def keep_apart(model: nn.Module) -> None:
-    """Empty the parameters of every module, except while the module is called or its backward pass runs."""
+    """Empty the parameters of every module between its calls, and restore them when its backward pass begins."""
     for module in model.modules():
         content = {p: p.data for p in module.parameters(recurse=False)}
 

@@ -11,7 +11,7 @@ from tests.efft.graphs.emulation import EmulatedGraphs
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Return a device on which work can be captured."""
+    """Return a device on which graphs can be captured. On the CPU, ``EmulatedGraphs`` replaces CUDA graphs."""
     if request.param == "cpu":
         monkeypatch.setattr(EmulatedGraphs, "captured", 0)
         monkeypatch.setattr(EmulatedGraphs, "replayed", 0)

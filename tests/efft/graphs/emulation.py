@@ -1,8 +1,9 @@
 """Emulate CUDA graphs on the CPU: record the operators of a function with their tensors, and repeat them.
 
-Like a CUDA graph, an emulated one keeps the tensors and the numbers of the capture, does not run Python again, and
-refuses operators that would wait for a device or whose sizes depend on data. A capture does not change any tensor, and
-torch does not record the changes that a replay makes.
+An emulated graph has the properties of a CUDA graph that matter to the tests. A replay uses the tensors and the Python
+numbers of the capture, and does not run Python code again. A capture refuses operators that would wait for a device, or
+whose output sizes depend on data, and it does not change any tensor. A replay changes parameters without changing their
+version counters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-#: Operators that wait for a device, or whose results have a size that depends on values.
+#: Operators that wait for a device, or whose output sizes depend on data.
 _REFUSED = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.equal.default,
@@ -62,7 +63,7 @@ class _Recorder(TorchDispatchMode):
     @torch.inference_mode(False)
     @torch.no_grad()
     def repeat(self) -> None:
-        """Repeat all calls on the same tensors, and write their results to the tensors of the first time."""
+        """Repeat all calls on the same tensors, and write their results to the results of the recorded calls."""
         arguments = tree_leaves([(args, kwargs) for _, args, kwargs, _ in self.calls])
         leaves = tuple({id(t): t for t in arguments if isinstance(t, nn.Parameter)}.values())
         with torch.autograd._unsafe_preserve_version_counter(leaves):

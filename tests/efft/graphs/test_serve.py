@@ -1,6 +1,7 @@
 """Test ``efft.graph_serve``, which runs a model as CUDA graphs, for any number of samples.
 
-The outputs are those of the model. A later change of the model must take effect or raise an error.
+The outputs must equal those of the model. If the model changes after the capture, the server must use the changed model
+or raise an error. On the CPU, the tests use emulated graphs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def test_any_number_of_samples(model: nn.Module, server: efft.GraphServer, devic
 def test_the_smallest_graph_is_launched(model: nn.Module, server: efft.GraphServer, device: torch.device) -> None:
     """Nine samples need three launches: two of the graph for four samples, and one of the graph for one sample."""
     if device.type != "cpu":
-        pytest.skip("launches are counted by the emulation")
+        pytest.skip("only the emulated graphs of the CPU count their launches")
     assert EmulatedGraphs.captured == 6
     for n, launches in ((1, 1), (3, 1), (4, 1), (9, 3)):
         EmulatedGraphs.replayed = 0
@@ -112,7 +113,7 @@ def test_inputs_from_another_device_and_in_inference_mode(model: nn.Module, serv
 
 
 class Named(nn.Module):
-    """Return several outputs. One of the named inputs is a constant."""
+    """Return several outputs. The input ``power`` is a number, which a graph treats as a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +174,7 @@ def test_models_that_are_refused(model: nn.Module, device: torch.device) -> None
     refused(model, (torch.zeros((), device=device),), r"first dimension indexes the same number .* shapes \[\[\]\]")
     refused(model, (images(0, device),), "at least one")
     model.blocks[1].train()
-    refused(model, x, "expected a model in eval mode, but blocks.1 is in training mode")
+    refused(model, x, "expected a model in eval mode, but 'blocks.1' is in training mode")
     model.eval()
     efft.merge(model)
     refused(model, x, r"an update that is not merged: call efft.unmerge\(model\) first", without_adapter=True)

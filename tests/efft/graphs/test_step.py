@@ -1,6 +1,7 @@
 """Test that the steps of ``efft.graph_step``, which replay CUDA graphs, train like a loop without graphs.
 
-Models that cannot be captured, and changes that a graph cannot follow, must raise an error.
+Models that cannot be captured, and changes that a graph cannot follow, must raise an error. On the CPU, the tests use
+emulated graphs.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def batches(device: torch.device, n: int = BATCHES) -> list[tuple[Tensor, Tensor
 
 
 def adamw(model: nn.Module, device: torch.device, **settings: Any) -> torch.optim.Optimizer:
-    """Return the fused AdamW of the trained parameters, in the form that each device can capture."""
+    """Return a fused AdamW of the trained parameters, with the settings that a capture on the device needs."""
     settings = {"lr": torch.tensor(0.01, device=device), "weight_decay": 0.1, **settings}
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, fused=True, capturable=device.type == "cuda", **settings)
@@ -109,7 +110,7 @@ def test_steps_train_as_a_loop_does(
     torch.testing.assert_close(losses, loop(twin, make_optimizer(twin, device), data, **settings), rtol=1e-4, atol=1e-5)
     assert_trained_alike(model, twin)
     if device.type == "cpu":
-        # One capture checks the forward and backward pass; with accumulation, two graphs train.
+        # One captured graph is only a check. One graph trains, or two with accumulation: with and without the update.
         assert EmulatedGraphs.captured == (2 if settings.get("accumulate", 1) == 1 else 3)
         assert EmulatedGraphs.replayed == len(data) - settings.get("accumulate", 1)
 
@@ -158,20 +159,20 @@ def test_learning_rates_change_between_steps(adapted_vit: Make, device: torch.de
 
 
 def test_random_numbers_go_on(adapted_vit: Make, device: torch.device) -> None:
-    """Every step drops different elements of the factors. On the CPU, a loop with the same seed drops the same ones."""
+    """Every step draws new masks of factor dropout. On the CPU, a loop with the same seed draws the same masks."""
     model, twin = twins(adapted_vit(0.1, dropout=0.3), device)
     data = batches(device)
     torch.manual_seed(5)
     step = efft.graph_step(model, adamw(model, device), cross_entropy, data[0])
     losses = [step(*data[0]) for _ in range(4)]
     assert len({float(loss) for loss in losses}) == 4
-    if device.type == "cpu":  # on a GPU, a graph draws its numbers in blocks of another size
+    if device.type == "cpu":  # on a GPU, a graph does not draw the same random numbers as a loop
         torch.manual_seed(5)
         torch.testing.assert_close(losses, loop(twin, adamw(twin, device), [data[0]] * 4), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_an_adapter_with_statistics(device: torch.device) -> None:
-    """The trial run and the captures leave no trace in the statistics of a batch norm."""
+    """The trial run and the captures must not change the statistics of a batch norm."""
     torch.manual_seed(0)
     model, twin = twins(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)), device
@@ -185,7 +186,7 @@ def test_a_model_without_an_adapter_with_statistics(device: torch.device) -> Non
 
 
 def test_parameters_without_a_gradient_stay(device: torch.device) -> None:
-    """Weight decay must not act on a parameter that the loss does not reach, as it does not in a loop."""
+    """As in a loop, weight decay must not act on a parameter that the loss does not use."""
     model, twin = twins(nn.ModuleDict({"used": nn.Linear(8, 5), "idle": nn.Linear(8, 5)}), device)
 
     def loss(model: Any, x: Tensor, labels: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ def test_gradients_that_exist_are_kept(adapted_vit: Make, device: torch.device) 
 
 
 def test_a_caller_may_zero_the_gradients(adapted_vit: Make, device: torch.device) -> None:
-    """A loop that still calls ``zero_grad`` after each update trains alike."""
+    """The result must not depend on whether the caller also calls ``zero_grad`` after each update."""
     model, twin = twins(adapted_vit(0.1, dropout=0.0), device)
     data = batches(device)
     optimizer = adamw(model, device)
@@ -227,7 +228,7 @@ def test_a_caller_may_zero_the_gradients(adapted_vit: Make, device: torch.device
 def test_torch_is_told_of_every_update(running: Any) -> None:
     """Every step must change the versions of the factors, because a replay itself does not change them.
 
-    Evaluations reuse their operands as long as the versions stay equal.
+    Evaluations reuse the products of the factors as long as these versions stay equal.
     """
     model, _, step, batch = running
     before = {name: factor._version for name, factor in efft.named_factors(model)}
@@ -343,7 +344,7 @@ def test_a_scaler_that_waits_is_refused(adapted_vit: Make, device: torch.device)
     model = adapted_vit().to(device)
 
     class Waiting(torch.optim.AdamW):
-        """An optimizer that can be captured, but leaves the decision about an overflow to the scaler."""
+        """An optimizer that can be captured, but lets the scaler decide on the host whether to skip a step."""
 
         _step_supports_amp_scaling = property(lambda self: False, lambda self, value: None)
 
@@ -411,10 +412,10 @@ def _replace_data(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 CHANGES: dict[str, tuple[Callable[[nn.Module, torch.optim.Optimizer], object], str]] = {
     "eval": (lambda model, optimizer: model.eval(), "was switched to eval mode since the capture"),
-    "one module": (lambda model, optimizer: model.blocks[0].norm1.eval(), r"blocks.0.norm1 was switched to eval"),
+    "one module": (lambda model, optimizer: model.blocks[0].norm1.eval(), r"'blocks.0.norm1' was switched to eval"),
     "merged": (lambda model, optimizer: efft.merge(model), "was merged, unmerged, disabled or enabled"),
     "removed": (lambda model, optimizer: efft.remove(model), "was replaced since the capture"),
-    "new data": (_replace_data, "the memory of head.weight was replaced"),
+    "new data": (_replace_data, "the memory of 'head.weight' was replaced"),
     "new module": (lambda model, optimizer: setattr(model, "head", nn.Linear(16, 5)), "inside the model was replaced"),
     "betas": (
         lambda model, optimizer: optimizer.param_groups[0].update(betas=(0.5, 0.9)),
@@ -452,7 +453,7 @@ def test_batches_of_another_kind_are_refused(running: Any) -> None:
 
 
 def test_changes_in_place_are_followed(running: Any) -> None:
-    """The graph reads the memory of the weights, so that changes in place take effect."""
+    """The graph reads the memory of the weights, so changes in place take effect."""
     model, _, step, batch = running
     expected = cross_entropy(copy.deepcopy(model), *batch)
     with torch.no_grad():

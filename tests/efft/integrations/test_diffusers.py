@@ -1,4 +1,7 @@
-"""Test tiny random transformers of diffusers: adapted by structure, trained for one step, saved and merged."""
+"""Test tiny random transformers of diffusers, whose layers are found by structure.
+
+The models are trained for two steps, saved, loaded, merged and restored. Another test covers gradient checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import efft
 
 pytestmark = pytest.mark.slow  # trains models of diffusers
 
-diffusers = pytest.importorskip("diffusers", reason="needs the dev extra")
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'efft-kernels[dev]'")
 
 
 def noise(*shape: int) -> Tensor:
@@ -74,7 +77,7 @@ def test_trained_saved_and_merged(make: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(model(**inputs).sample, before, rtol=0, atol=0)
 
     optimizer = torch.optim.AdamW(efft.parameter_groups(model, lr=1e-2))
-    for _ in range(2):  # in the first step one of the outer factors is zero
+    for _ in range(2):  # in the first step, U or V is zero, so the other factors have zero gradients
         optimizer.zero_grad()
         model(**inputs).sample.square().mean().backward()
         optimizer.step()

@@ -1,4 +1,7 @@
-"""Compare updates imported from FacT with the formulas of the authors' code, computed matrix by matrix."""
+"""Test ``efft.import_fact``, which imports checkpoints of FacT (another tensor method for vision transformers).
+
+The oracle computes each update with the formulas of the FacT authors' code. Other tests cover files that are refused.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 Tensors = dict[str, Tensor]
 
-D, R, L, S = 16, 3, 2, 0.7  # width of the tiny ViT, rank, blocks, scale
+D, R, L, S = 16, 3, 2, 0.7  # width of the tiny ViT, rank, number of blocks, scale
 
 
 def drawn(*shape: int) -> Tensor:
@@ -51,9 +54,10 @@ def tucker() -> Tensors:
 
 
 def of_train(p: Tensors, i: int) -> Tensors:
-    """Return ΔW [d_in, d_out] of a block for FacT-TT: x FacTuᵀ FacTsᵀ FacTvᵀ.
+    """Return ΔW [d_in, d_out] of each layer in block i for FacT-TT, where ΔW = FacTuᵀ FacTsᵀ FacTvᵀ.
 
-    The update of fc1 consists of four such matrices side by side, and the inputs of fc2 are split in the same way.
+    The update of fc1 consists of four such matrices side by side. The update of fc2 consists of four such matrices, one
+    for each quarter of the inputs.
     """
     U, V = p["FacTu.weight"], p["FacTv.weight"]
     each = {
@@ -70,7 +74,10 @@ def of_train(p: Tensors, i: int) -> Tensors:
 
 
 def of_tucker(p: Tensors, i: int) -> Tensors:
-    """Return ΔW for FacT-TK, with cores FacTc ×₃ FacTp; those of fc1 and fc2 are [r, 4 r], transposed for fc2."""
+    """Return ΔW [d_in, d_out] of each layer in block i for FacT-TK, whose cores are FacTc ×₃ FacTp.
+
+    The cores of fc1 and fc2 have shape [r, 4 r], and the update of fc2 is transposed.
+    """
     U, V = p["FacTu.weight"], p["FacTv.weight"]
     cores = torch.einsum("abp,pm->abm", p["FacTc"], p["FacTp"][:, 12 * i : 12 * (i + 1)])
     q, k, v, o = (torch.einsum("ai,ab,ob->io", U, cores[:, :, m], V) for m in range(4))
@@ -107,10 +114,10 @@ def test_the_updates_of_the_formula(
                 torch.testing.assert_close(layer.delta_weight().t(), S * update, msg=f"{i} {name}")
                 plain.get_submodule(f"blocks.{i}.{name}").weight.add_(S * update.t())
         expected = plain(images)
-    assert (expected - before).abs().max() > 0.1 * expected.abs().max(), "an update that matters"
+    assert (expected - before).abs().max() > 0.1 * expected.abs().max(), "the update is too small to compare"
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     error = ((model(images) - expected).abs().max() / expected.abs().max()).item()
-    show("Imported checkpoints, of the largest logit", form, "difference", error)
+    show("Imported checkpoints, relative to the largest logit", form, "difference", error)
     again = efft.load_adapter(tiny_vit().eval(), efft.save_adapter(model, tmp_path))
     assert torch.equal(again(images), model(images))
 

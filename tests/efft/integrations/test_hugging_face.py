@@ -1,4 +1,8 @@
-"""Test tiny models of transformers, trained by Trainer with ``efft.apply`` or ``peft`` and loaded in new processes."""
+"""Test tiny models of transformers that Trainer trains after ``efft.apply`` or under ``peft``.
+
+The adapters are saved and loaded in new processes, which must compute the same logits. Adapters of ``efft.apply`` are
+also exported as LoRA checkpoints, which peft loads without this library.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from torch import Tensor, nn
 
 import efft
 
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
-peft = pytest.importorskip("peft", reason="needs the hf extra")
-pytest.importorskip("accelerate", reason="needs the train extra")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
+pytest.importorskip("accelerate", reason="needs accelerate: pip install 'efft-kernels[train]'")
 
 from efft.integrations.peft import EfftPeftConfig  # noqa: E402  # it needs peft
 from tests.efft.planning.test_transformers import inputs, make  # noqa: E402
@@ -77,7 +81,10 @@ Results = dict[str, tuple[list[float], Tensor, Tensor, Tensor]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
-    """Return, for every model and way, the losses, and the logits before training, after it, and in a new process."""
+    """Return the results for every model and every way to save it, which is a key of ``WAYS``.
+
+    The results are the losses, and the logits before training, after training, and in a new process.
+    """
     folder, trained = tmp_path_factory.mktemp("models"), {}
     for name in MODELS:
         (folder / name).mkdir()

@@ -1,4 +1,7 @@
-"""Test that ``peft`` without efft computes the same output from an exported LoRA checkpoint as the adapted model."""
+"""Test ``efft.export_lora``: ``peft`` without efft computes the output of the adapted model from the exported files.
+
+Models for which peft would compute another output are refused.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,14 @@ from efft_kernels.nn.adapt import adapt
 Make = Callable[..., nn.Module]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-#: A program that rebuilds the base and uses only peft.
+#: A program that loads the base and the checkpoint, and uses peft without efft.
 LOAD = """
 import sys, torch, warnings
 folder, base, inputs, out = sys.argv[1:]
 import peft
 torch.set_num_threads(1)
 model = torch.load(base, weights_only=False).eval()
-warnings.simplefilter("error", UserWarning)  # such as the warning about missing keys
+warnings.simplefilter("error", UserWarning)  # for example, peft warns about missing keys
 model = peft.PeftModel.from_pretrained(model, folder).eval()
 x = torch.load(inputs)
 with torch.no_grad():
@@ -45,7 +48,7 @@ assert "efft" not in sys.modules and "efft_kernels" not in sys.modules
 
 def in_peft_alone(base: nn.Module, folder: Path, x: Tensor, scratch: Path) -> tuple[Tensor, Tensor]:
     """Run the checkpoint in a new process without efft; return the logits before and after a merge by peft."""
-    pytest.importorskip("peft", reason="needs the dev extra")
+    pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     torch.save(base, scratch / "base.pt")
     torch.save(x, scratch / "x.pt")
     files = [folder, scratch / "base.pt", scratch / "x.pt", scratch / "y.pt"]
@@ -67,8 +70,8 @@ def check(model: nn.Module, base: nn.Module, x: Tensor, scratch: Path) -> None:
     folder = efft.export_lora(model, scratch / "lora")
     unmerged, merged = in_peft_alone(base, folder, x, scratch)
     error = max((unmerged - expected).abs().max(), (merged - expected).abs().max()).item()
-    print(f"largest logit difference {error:.1e}, of the update {(expected - plain).abs().max():.1e}")
-    assert (expected - plain).abs().max() > 0.05, "an update that matters"
+    print(f"largest difference of a logit: {error:.1e}; by the update: {(expected - plain).abs().max():.1e}")
+    assert (expected - plain).abs().max() > 0.05, "the update is too small to compare"
     assert error <= 1e-5
 
 
@@ -81,7 +84,7 @@ def check(model: nn.Module, base: nn.Module, x: Tensor, scratch: Path) -> None:
     ids=str,
 )
 def test_timm_vit(config: dict[str, Any], adapted_vit: Make, tiny_vit: Make, images: Tensor, tmp_path: Path) -> None:
-    """The cases have r1 != r2, transposed sites, column ranges, several ranks, and a trained scale."""
+    """The cases cover r1 != r2, transposed updates, updates of column ranges, several ranks, and a trained scale."""
     model = adapted_vit(std=0.3, **config)
     with torch.no_grad():
         for factors in model.efft.values():
@@ -97,7 +100,7 @@ def test_timm_swin(tiny_swin: Make, randomize: Make, tmp_path: Path) -> None:
 
 
 def test_transformers_vit(randomize: Make, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 16, "patch_size": 8, "num_labels": 5}
     config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
 
@@ -132,7 +135,7 @@ def test_biases_and_norms(
 
 
 def test_biases_of_transformers(randomize: Make, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 16, "patch_size": 8, "num_labels": 5}
     config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
 
@@ -160,7 +163,7 @@ def test_biases_that_peft_does_not_know_are_refused(tmp_path: Path) -> None:
             return y
 
     model = efft.apply(nn.Sequential(Block(), Block()), efft.EfftConfig(rank=2, head=[], bias="all"))
-    with pytest.raises(ValueError, match=r"0.q_bias was trained, and peft knows only biases of the name 'bias'"):
+    with pytest.raises(ValueError, match=r"'0.q_bias' was trained, and peft knows only biases of the name 'bias'"):
         efft.export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
@@ -194,7 +197,7 @@ class Kinds(nn.Module):
 
 
 def test_every_kind_of_weight(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs the dev extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     torch.manual_seed(0)
     base = Kinds().eval()
     model, x = copy.deepcopy(base), torch.randint(11, (2, 5))
@@ -218,7 +221,7 @@ def test_every_kind_of_weight(tmp_path: Path) -> None:
 
 
 class Heads(nn.Module):
-    """Hold a list of heads, as in CrossViT, and another layer whose name ends like a head's, as in VOLO."""
+    """Hold a list of heads, as in CrossViT, and a layer whose name ends with the name of a head, as in VOLO."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +237,7 @@ class Heads(nn.Module):
 
 
 def test_heads_in_a_list_and_names_that_end_alike(randomize: Make, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs the dev extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     torch.manual_seed(0)
     base, x = Heads().eval(), torch.randn(4, 8)
     model = randomize(efft.apply(copy.deepcopy(base), efft.EfftConfig(rank=2, head=["heads", "last"])))
@@ -252,11 +255,11 @@ def test_weights_that_peft_would_read_without_their_update_are_refused(tmp_path:
         return efft.apply(model, efft.EfftConfig(rank=2, head=[], **more))
 
     for model, reason in (
-        (attention(), "in_proj_weight is a parameter of a MultiheadAttention, which peft does not wrap"),
+        (attention(), "'in_proj_weight' is a parameter of a MultiheadAttention, which peft does not wrap"),
         (attention(exclude=["in_proj_weight"]), "the module around .*out_proj reads its weight"),
         (
             attention(exclude=["out_proj"]),
-            "in_proj_weight is a parameter of a MultiheadAttention, which peft does not wrap",
+            "'in_proj_weight' is a parameter of a MultiheadAttention, which peft does not wrap",
         ),
     ):
         with pytest.raises(ValueError, match=reason):
@@ -306,7 +309,7 @@ class Nested(nn.Module):
 
 
 def test_ranks_of_layers_whose_names_end_alike(randomize: Make, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs the dev extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     base = Nested()
     config = efft.EfftConfig(targets=["fc", "fd"], rank={"linear_8x16": 2, "linear_16x16": 4}, head=[])
     model = randomize(efft.apply(copy.deepcopy(base).eval(), config))
@@ -317,7 +320,7 @@ def test_ranks_of_layers_whose_names_end_alike(randomize: Make, tmp_path: Path) 
 
 def test_layers_that_peft_would_adapt_too_are_refused(tmp_path: Path) -> None:
     model = efft.apply(Nested(), efft.EfftConfig(targets=["fc"], exclude=["enc.fc"], rank=2, head=[]))
-    with pytest.raises(ValueError, match=r"peft would adapt enc\.fc too, because its name ends with fc;"):
+    with pytest.raises(ValueError, match=r"peft would adapt 'enc\.fc' too, because its name ends with 'fc';"):
         efft.export_lora(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -325,7 +328,7 @@ def test_layers_that_peft_would_adapt_too_are_refused(tmp_path: Path) -> None:
 def test_an_adapter_is_not_overwritten(saved: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model, folder = saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ValueError, match=r"adapter of method EFFT, expected an empty folder or a LoRA checkpoint"):
+    with pytest.raises(ValueError, match=r"adapter of method 'EFFT', expected an empty folder or a LoRA checkpoint"):
         efft.export_lora(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     efft.export_lora(model, tmp_path / "lora")
@@ -355,10 +358,10 @@ def test_what_peft_would_misunderstand_is_refused(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 8)})
     model["b"] = model["a"]
     efft.apply(model, efft.EfftConfig(rank=2, targets=["a"]))
-    with pytest.raises(ValueError, match="a and b are one layer, and peft would adapt only the first"):
+    with pytest.raises(ValueError, match="'a' and 'b' are one layer, and peft would adapt only the first"):
         efft.export_lora(model, tmp_path)
     model = nn.ModuleDict({"mlp_fc": nn.Linear(8, 8), "fc": nn.Linear(8, 2)})
     efft.apply(model, efft.EfftConfig(rank=2, targets=["mlp_fc"], head=["fc"]))
-    with pytest.raises(ValueError, match=r"peft would not adapt mlp_fc, because .* as the head 'fc'"):
+    with pytest.raises(ValueError, match=r"peft would not adapt 'mlp_fc', but treat it as the head 'fc'"):
         efft.export_lora(model, tmp_path)
     assert not list(tmp_path.iterdir())

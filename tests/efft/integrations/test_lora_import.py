@@ -1,4 +1,7 @@
-"""Compare a model that imported a LoRA checkpoint with ``peft`` on the same checkpoint."""
+"""Test ``efft.import_lora``: the model computes the same output as ``peft`` with the same LoRA checkpoint.
+
+Other tests export and import an adapter, and damage checkpoints, which must be refused.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ import efft
 from efft.adapting.inject import adapted_layers
 from tests.adapter_files import CONFIG, WEIGHTS
 
-peft = pytest.importorskip("peft", reason="needs the hf extra")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
 
 Make = Callable[..., nn.Module]
 Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
@@ -42,17 +45,17 @@ class Nested(nn.Module):
 
 
 def timm_vit() -> nn.Module:
-    timm = pytest.importorskip("timm", reason="needs the vision extra")
+    timm = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'")
     return timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
 
 
 def hf_vit() -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=16, patch_size=8, **SIZES))
 
 
 def hf_bert() -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **SIZES))
 
 
@@ -130,9 +133,9 @@ def test_the_numbers_of_peft(case: str, tmp_path: Path, show: Callable[..., None
     expected, plain = run(theirs, x), run(base(make), x)
     model = efft.import_lora(base(make), tmp_path / "lora")
     error, size = (run(model, x) - expected).abs().max().item(), expected.abs().max().item()
-    assert (expected - plain).abs().max() > 0.05 * size, "an update that matters"
+    assert (expected - plain).abs().max() > 0.05 * size, "the update is too small to compare"
     assert error <= 1e-5 * size
-    show("Imported checkpoints, of the largest logit", f"LoRA of peft, {case}", "difference", error / size)
+    show("Imported checkpoints, relative to the largest logit", f"LoRA of peft, {case}", "difference", error / size)
     again = efft.load_adapter(base(make), efft.save_adapter(model, tmp_path / "ours"))
     assert torch.equal(run(again, x), run(model, x))
     # With bias="all", peft also trains parameters that its wrappers of complete modules do not use.
@@ -176,7 +179,7 @@ def test_what_lower_ranks_lack_stays_zero(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [4, {"mhsa": 3, "ffn": (2, 5)}], ids=str)
 def test_exported_and_imported(rank: Any, adapted_vit: Make, tiny_vit: Make, images: Tensor, tmp_path: Path) -> None:
-    """Factors and head are restored exactly, at the rank of each layer. With one rank, the files are also identical."""
+    """Factors and head are restored exactly. If all layers have the same rank, a second export has equal tensors."""
     model = adapted_vit(rank=rank)
     efft.export_lora(model, tmp_path / "1")
     again = efft.import_lora(tiny_vit().eval(), tmp_path / "1")
@@ -214,7 +217,7 @@ SETTINGS: dict[str, tuple[Edit, str]] = {
     "another method": (lambda c: c.update(peft_type="IA3"), "expected 'peft_type' to be 'LORA'"),
     "no rank": (lambda c: c.update(r="8"), "'r' must be an integer from 1 to 65536, got '8'"),
     "no alpha": (lambda c: c.update(lora_alpha=None), "'lora_alpha' must be a number, got None"),
-    "no ranks": (lambda c: c.update(rank_pattern={"a": 0}), "'rank_pattern' must be names to numbers"),
+    "no ranks": (lambda c: c.update(rank_pattern={"a": 0}), "'rank_pattern' must be a dict from names to numbers"),
     "no heads": (lambda c: c.update(modules_to_save="head"), "'modules_to_save' must be a list of names, got 'head'"),
     "no pattern": (lambda c: c.update(alpha_pattern={"(": 2}), r"'\(' is neither a layer name nor a regular expr"),
     "long patterns": (lambda c: c.update(alpha_pattern={"(a)" * 2000: 2}), "at most 2000 characters of regular expr"),
@@ -317,6 +320,6 @@ def test_a_head_that_shares_its_weight_is_refused(unchanged: Unchanged, tmp_path
     model["decoder"].weight = model["embedding"].weight
     with (
         unchanged(model),
-        pytest.raises(ValueError, match=r"embedding\.weight is the same parameter as one of decoder"),
+        pytest.raises(ValueError, match=r"embedding\.weight' is the same parameter as one of decoder"),
     ):
         efft.import_lora(model, tmp_path)

@@ -1,4 +1,4 @@
-"""Test EFFT under ``peft``: peft's requirements of a method, and the same results as ``efft.apply``."""
+"""Test EFFT as a method of ``peft``: it has the results of ``efft.apply``, and works with the functions of peft."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import efft
 
-peft = pytest.importorskip("peft", reason="needs the hf extra")
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
-timm = pytest.importorskip("timm", reason="needs the vision extra")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
+timm = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'")
 
 from efft.integrations.peft import EfftLayer, EfftPeftConfig  # noqa: E402  # it needs peft
 
@@ -128,7 +128,9 @@ def test_same_logits_in_a_new_process(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in trained), "each factor and the head, once"
+    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in trained), (
+        "the file must hold each factor and the head once"
+    )
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "EFFT"
     torch.save(base(name), tmp_path / "base.pt")
     torch.save(MODELS[name][1], tmp_path / "x.pt")
@@ -144,7 +146,7 @@ def test_merging_and_switching_off(name: str) -> None:
     plain, model = run(base(name), name), under_peft(name)
     expected = run(model, name)
     weights = {n: p.clone() for n, p in model.named_parameters()}
-    # peft also disables a trained head, so that the output is the base's.
+    # peft also disables a trained head, so the output equals that of the base.
     with model.disable_adapter():
         assert torch.equal(run(model, name), plain)
     model.merge_adapter(safe_merge=True)
@@ -186,7 +188,7 @@ def test_two_adapters_are_switched(tmp_path: Path) -> None:
     first = run(model)
     model.add_adapter("second", EfftPeftConfig(rank=2, targets="mhsa", dropout=0.5, head=[]))
     randomize(model.base_model.efft_banks["second"], 3)
-    assert torch.equal(run(model), first), "an added adapter is not active, and in eval mode as the model is"
+    assert torch.equal(run(model), first), "adding an adapter must not change the output"
     model.set_adapter("second")
     second = run(model)
     assert differs(second, first)
@@ -230,7 +232,7 @@ def test_heads_of_two_adapters() -> None:
     first = run(model)
     model.add_adapter("second", EfftPeftConfig(rank=2))
     model.set_adapter("second")
-    assert torch.equal(run(model), run(base())), "a fresh adapter, with the base's head"
+    assert torch.equal(run(model), run(base())), "a new adapter must have the head of the base"
     model.set_adapter("default")
     assert torch.equal(run(model), first)
 
@@ -264,8 +266,8 @@ def test_cores_are_contracted_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(TTFactors, "compose", lambda self, sites: calls.append(len(sites)) or compose(self, sites))
     model = under_peft()
     run(model)
-    assert calls == [4, 4]  # mhsa and ffn: two layers in each of two blocks
-    model.base_model.model.blocks[0](torch.zeros(1, 5, 16))  # a part called by itself contracts its own cores
+    assert calls == [4, 4]  # one call for mhsa and one for ffn, each with two layers in each of two blocks
+    model.base_model.model.blocks[0](torch.zeros(1, 5, 16))  # a block without the model: one call per layer
     assert calls == [4, 4, *[1] * 4]
 
 
@@ -306,7 +308,9 @@ def test_configurations() -> None:
     assert EfftPeftConfig(targets=["a", "b"]).target_modules == ["a", "b"]
     with pytest.raises(ValueError, match=r"Config\.rank must be an integer from 1 to"):
         EfftPeftConfig(rank=0)
-    with pytest.raises(ValueError, match=r"head and modules_to_save name the same modules: give one, got \['a'\]"):
+    with pytest.raises(
+        ValueError, match=r"head and modules_to_save name the same modules: pass only one of them, got \['a'\]"
+    ):
         EfftPeftConfig(head=["a"], modules_to_save=["b"])
 
 

@@ -1,7 +1,11 @@
-"""Test peft's own arguments with EFFT: the layers that they select, and the resulting settings."""
+"""Test the arguments that EFFT shares with other methods of peft.
+
+The tests check the layers that the arguments select, the resulting settings, the files, and trained biases and norms.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,8 @@ from torch import Tensor, nn
 
 import efft
 
-peft = pytest.importorskip("peft", reason="needs the hf extra")
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
 
 from efft.integrations.peft import EfftLayer, EfftPeftConfig  # noqa: E402  # it needs peft
 
@@ -68,7 +72,7 @@ def test_layers_of_targets_are_narrowed_too() -> None:
 
 
 def test_names_that_end_others() -> None:
-    """An expression selects exactly one layer, even if other layers' names end with the name of that layer."""
+    """A regular expression must match a complete name. A list also selects layers whose names end with its entries."""
 
     class Net(nn.Module):
         def __init__(self, inner: bool = True) -> None:
@@ -97,7 +101,7 @@ def test_settings_have_both_names() -> None:
 
 
 def test_lora_alpha_scales_the_update() -> None:
-    """The update is (lora_alpha / r) U C V, computed in the test from the factors."""
+    """The update must equal (lora_alpha / r) U C V."""
     torch.manual_seed(1)
     config = EfftPeftConfig(r=4, lora_alpha=12, target_modules=["q_proj"], init_weights=False, lora_dropout=0.0)
     model = peft.get_peft_model(llama(), config)
@@ -112,19 +116,28 @@ def test_lora_alpha_scales_the_update() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 4, "rank": 8}, "rank and r name the same rank: give one, got 8 and 4"),
-        ({"lora_alpha": 16, "scale": 2.0}, "scale and lora_alpha name the same scale: give one, got 2.0 and 16"),
+        ({"r": 4, "rank": 8}, "rank and r name the same rank: pass only one of them, got 8 and 4"),
+        (
+            {"lora_alpha": 16, "scale": 2.0},
+            "scale and lora_alpha name the same scale: pass only one of them, got 2.0 and 16",
+        ),
         ({"lora_dropout": 0.3, "dropout": 0.2}, "dropout and lora_dropout name the same probability"),
         ({"targets": "mhsa", "target_modules": ["q_proj"]}, "targets and target_modules both choose the layers"),
         ({"r": 0}, r"Config\.rank must be an integer from 1"),
         ({"lora_alpha": "8"}, r"EfftPeftConfig\.lora_alpha must be a number, got '8'"),
-        ({"lora_alpha": 8, "rank": (2, 4)}, r"lora_alpha is divided by one rank, got \(2, 4\): give the scale itself"),
+        (
+            {"lora_alpha": 8, "rank": (2, 4)},
+            r"lora_alpha is divided by a single rank, got \(2, 4\): pass the scale itself",
+        ),
         ({"bias": "lora_only"}, "bias must be 'none', 'all', 'efft_only' or 'auto', got 'lora_only'"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern must be a dict of names to ranks, got 0"),
         ({"rank_pattern": {"q_proj": 2}, "rank": (2, 3)}, r"one integer if rank_pattern is set, got \(2, 3\)"),
         ({"layers_to_transform": 0, "target_modules": "q_proj"}, "layers_to_transform narrows a list of target_mod"),
         ({"layers_to_transform": ["0"]}, r"layers_to_transform must be None, an index or a list of them, got \['0'\]"),
-        ({"layers_pattern": "layers"}, "layers_pattern says where the indices of layers_to_transform stand"),
+        (
+            {"layers_pattern": "layers"},
+            "layers_pattern names the list to which the indices in layers_to_transform belong",
+        ),
         ({"target_modules": 3}, "target_modules must be None, a list of names, 'all-linear' or a regular expression"),
     ],
 )
@@ -203,7 +216,7 @@ def test_biases_are_trained_and_saved(bias: str, tmp_path: Path) -> None:
     trained = {"none": [], "all": [inner[0].bias, inner[2].bias], "efft_only": [inner[0].bias]}[bias]
     assert [p for p in (inner[0].bias, inner[2].bias) if p.requires_grad] == trained
     model(x).sum().backward()
-    expected = base()  # the gradient of the dense layer, computed without code of this library
+    expected = base()  # the oracle is a plain model whose weight contains the update
     expected[0].weight.data += inner[0].get_delta_weight("default")
     expected(x).sum().backward()
     if trained:
@@ -243,6 +256,80 @@ def test_norms_are_trained_whole_a_copy_for_each_adapter(tmp_path: Path) -> None
         peft.get_peft_model(plain, EfftPeftConfig(r=2, target_modules=["0"], norms=True))
 
 
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)).eval()
+
+
+def with_biases(**fields: Any) -> nn.Module:
+    """Return a model under peft, of whose trained parameters the values differ from those of the base."""
+    fields = {"r": 2, "target_modules": ["0", "3"], "bias": "all", "modules_to_save": [], "dropout": 0.0, **fields}
+    model: nn.Module = peft.get_peft_model(net(), EfftPeftConfig(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("fields", [{}, {"bias": "efft_only", "norms": True}], ids=str)
+def test_unloading_restores_biases_and_norms(fields: dict[str, Any]) -> None:
+    model, x = with_biases(**fields), torch.randn(5, 4)
+    y = model(x).detach()
+    torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), y)
+    base = model.unload()
+    assert base(x).equal(net()(x))
+    assert all(parameter.equal(base.state_dict()[name]) for name, parameter in net().state_dict().items())
+
+
+def test_a_deleted_adapter_leaves_the_biases_of_the_base() -> None:
+    model, x = with_biases(), torch.randn(5, 4)
+    model.delete_adapter("default")
+    model.add_adapter("other", EfftPeftConfig(r=2, target_modules=["0"], modules_to_save=[]))
+    model.set_adapter("other")
+    torch.testing.assert_close(model(x), net()(x))
+
+
+def test_biases_belong_to_one_adapter() -> None:
+    """peft has one copy of every bias, so another adapter would use the biases that the first one has trained."""
+    plain = EfftPeftConfig(r=2, target_modules=["0"], modules_to_save=[])
+    model, x = with_biases(), torch.randn(2, 4)
+    y = model(x)
+    with pytest.raises(ValueError, match=r"adapter 'default' trains biases .* supports only 1 adapter with bias"):
+        model.add_adapter("other", plain)
+    assert model(x).equal(y)
+    assert list(model.peft_config) == ["default"]
+    model.delete_adapter("default")
+    model.add_adapter("other", plain)
+    with pytest.raises(ValueError, match="adapter 'third' trains biases"):
+        model.add_adapter("third", EfftPeftConfig(r=2, target_modules=["0"], bias="auto", modules_to_save=[]))
+    with pytest.raises(ValueError, match="samples of '__base__' would use them too"):
+        with_biases()(x, adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"norms": True}, {"bias": "all", "norms": True}, {"bias": "none"}, {"target_modules": ["attn.qkv"]}],
+    ids=str,
+)
+def test_a_budget_counts_what_peft_trains(fields: dict[str, Any]) -> None:
+    timm = pytest.importorskip("timm", reason="needs the vision extra")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+    def trained(config: EfftPeftConfig) -> int:
+        model = peft.get_peft_model(timm.create_model("vit_tiny_patch16_224", **sizes), config)
+        used = {n: p for n, p in model.named_parameters() if "original_module" not in n and p.requires_grad}
+        return sum(p.numel() for n, p in used.items() if not n.startswith("base_model.model.head."))
+
+    vit = timm.create_model("vit_tiny_patch16_224", **sizes)
+    budget = trained(EfftPeftConfig(r=5, **{"bias": "auto", **fields}))
+    for spare, rank in ((0, 5), (1, 5), (-1, 4)):
+        config = EfftPeftConfig.auto(budget=budget + spare, model=vit, **fields)
+        assert config.rank == rank
+        assert trained(config) <= budget + spare
+    assert EfftPeftConfig.auto(r=8, lora_dropout=0.5) == EfftPeftConfig.auto(rank=8, dropout=0.5)
+
+
 def test_the_dtype_of_factors() -> None:
     for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         model = peft.get_peft_model(
@@ -280,7 +367,7 @@ def test_a_child_named_like_the_bank(tmp_path: Path) -> None:
 
 
 def test_the_same_settings_by_apply() -> None:
-    """peft's names and this library's names yield the same plan: efft.apply has the same number of parameters."""
+    """With equal settings, peft and ``efft.apply`` must train the same number of parameters."""
     config = efft.EfftConfig(rank=4, scale=2.0, dropout=0.05, targets=["q_proj", "v_proj"], head=[])
     ours = efft.count_parameters(efft.apply(llama(), config)).factors
     theirs = peft.get_peft_model(
@@ -291,7 +378,7 @@ def test_the_same_settings_by_apply() -> None:
 
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], "all-linear"])
 def test_attention_that_is_not_square(modules: Any, tmp_path: Path) -> None:
-    """Layers that cannot share the paper's tensor train share one with layers of the same shape."""
+    """Layers that do not fit the paper's tensor train must share another tensor train with layers of the same shape."""
     sizes = {"num_key_value_heads": 1, "head_dim": 16, **SIZES}
 
     def base() -> nn.Module:

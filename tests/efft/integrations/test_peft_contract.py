@@ -1,4 +1,4 @@
-"""Test peft's requirements of any method on several tiny models, and print a table of the results."""
+"""Test what peft requires of every method, on several tiny models, and print a table of the results."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-peft = pytest.importorskip("peft", reason="needs the hf extra")
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
-timm = pytest.importorskip("timm", reason="needs the vision extra")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
+timm = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'")
 
 from efft.integrations.peft import EfftLayer, EfftPeftConfig  # noqa: E402  # it needs peft
 
@@ -96,7 +96,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], dict[str, An
 
 @dataclass
 class Case:
-    """Create, load and run one of ``MODELS``; ``folder`` is for its files."""
+    """Create, load and run the model ``MODELS[name]``. Its files are written to ``folder``."""
 
     name: str
     folder: Path
@@ -391,4 +391,4 @@ PROMISES: dict[str, Callable[[Case], None]] = {
 @pytest.mark.parametrize("model", MODELS)
 def test_promise(model: str, promise: str, tmp_path: Path, show: Callable[..., None]) -> None:
     PROMISES[promise](Case(model, tmp_path))
-    show("What peft promises of a method", promise.replace("_", " "), model, "yes")
+    show("What peft requires of a method", promise.replace("_", " "), model, "yes")

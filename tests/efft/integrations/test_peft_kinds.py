@@ -1,4 +1,7 @@
-"""Compare each kind of layer under peft with the same layer with the dense sum of weight and update."""
+"""Test each kind of layer under peft, and layers that peft cannot adapt.
+
+The oracle is a plain layer whose weight is the sum of the weight and the dense update.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from torch import Tensor, nn
 
 from efft_kernels import Site, TTFactors
 
-peft = pytest.importorskip("peft", reason="needs the hf extra")
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
 
 from efft.integrations.peft import EfftLayer, EfftPeftConfig  # noqa: E402  # it needs peft
 
@@ -146,11 +149,11 @@ def test_layers_that_are_refused() -> None:
 
 
 def test_weights_that_are_read_and_layers_that_are_not_called() -> None:
-    """torchvision's Swin reads the weights of its attention and does not call the layers.
+    """torchvision's Swin reads the weights of its attention layers without calling these layers.
 
-    Under peft, an update of these weights has no effect, which raises an error.
+    Under peft, updates of these layers would have no effect, so the forward pass must raise an error.
     """
-    torchvision = pytest.importorskip("torchvision", reason="needs the vision extra")
+    torchvision = pytest.importorskip("torchvision", reason="needs torchvision: pip install 'efft-kernels[vision]'")
 
     def base() -> nn.Module:
         torch.manual_seed(0)
@@ -173,7 +176,7 @@ def test_weights_that_are_read_and_layers_that_are_not_called() -> None:
 
 
 def test_what_a_pass_leaves_out_is_no_error() -> None:
-    """T5 only inspects the dtype of a weight, and does not run its encoder in every pass. Both must not be errors."""
+    """T5 only reads the dtype of one weight, and does not run its encoder in every pass. Neither may be an error."""
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **sizes)).eval()
     model = peft.get_peft_model(t5, EfftPeftConfig(r=2, target_modules=["wo", "q"], init_weights=False)).eval()

@@ -1,4 +1,8 @@
-"""Test peft beyond training: one adapter per sample, hot-swapping, conversion to LoRA, hooks and offloading."""
+"""Test what peft can do with a trained adapter.
+
+The tests cover batches with one adapter per sample, hot-swapping (replacing the factors of a running model), conversion
+to LoRA, hooks, offloading, and weighted sums of adapters.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-peft = pytest.importorskip("peft", reason="needs the hf extra")
-accelerate = pytest.importorskip("accelerate", reason="needs the hf extra")
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
+accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'efft-kernels[hf]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
 
 from peft.utils.hotswap import hotswap_adapter  # noqa: E402
 
@@ -82,7 +86,7 @@ def test_an_adapter_per_sample(base: Callable[[], nn.Module], first: dict[str, A
     names = ["second", "__base__", "first", "first", "__base__", "second"]
     mixed = output(model, adapter_names=names)
     torch.testing.assert_close(mixed, torch.stack([alone[name][i] for i, name in enumerate(names)]))
-    assert torch.equal(output(model), alone["second"]), "the batch leaves nothing behind"
+    assert torch.equal(output(model), alone["second"]), "a mixed batch must not change the active adapter"
 
 
 def test_batches_with_beams() -> None:
@@ -146,7 +150,7 @@ def test_hotswap_of_what_does_not_fit(changes: dict[str, Any], tmp_path: Path) -
     "changes", [{}, {"targets": "all", "target_modules": None}, {"target_modules": "all-linear", "scale": "auto"}]
 )
 def test_as_lora(changes: dict[str, Any], tmp_path: Path) -> None:
-    """The conversion is exact at the adapter's rank, and peft can load the result without this library."""
+    """With the adapter's rank, the conversion is exact, and peft loads the result as a LoRA adapter."""
     model = under_peft(llama(), settings(**changes))
     assert model.supports_lora_conversion()
     peft.save_as_lora(tmp_path, model, rank=3)
@@ -157,7 +161,7 @@ def test_as_lora(changes: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_adapter_that_becomes_lora() -> None:
-    """The model has two adapters, and the other one adapts different layers."""
+    """The model has two adapters on different layers, and the second adapter is converted."""
     model = under_peft(llama(), settings())
     model.add_adapter("other", settings(target_modules=["q_proj", "o_proj"]))
     model.set_adapter("other")
@@ -171,7 +175,7 @@ def test_the_adapter_that_becomes_lora() -> None:
 
 
 def test_hooks_of_the_layer_count() -> None:
-    """All hooks of the adapted layer run, and their changes take effect, as on the merged layer."""
+    """Hooks of an adapted layer must run, and their changes must take effect, as on a plain layer."""
     base, seen = llama(), []
     base.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, y: 2 * y)
     plain = output(base)
@@ -198,7 +202,7 @@ def test_hooks_of_the_layer_count() -> None:
 
 
 def test_layers_without_hooks_are_one_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The original layer is not called, so that its output never exists in addition to the adapted one."""
+    """The original layer is not called, so no memory is needed for an output without the update."""
     model = under_peft(llama(), settings())
     calls = []
     forward = nn.Linear.forward
@@ -233,7 +237,7 @@ OFFLOADED: dict[str, Callable[[nn.Module, Path], Any]] = {
 
 @pytest.mark.parametrize("how", OFFLOADED)
 def test_offloaded_models(how: str, tmp_path: Path) -> None:
-    """The model is offloaded first; then it is adapted or gets a saved adapter, is merged, and is unloaded."""
+    """An offloaded model is adapted or loads an adapter. It must then compute, merge, unmerge and unload correctly."""
     whole = under_peft(llama(), settings())
     whole.save_pretrained(tmp_path / "adapter")
     expected = output(whole)
@@ -271,7 +275,7 @@ def test_adapted_models_that_are_offloaded(how: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [False, "group", "matrix"])
 def test_a_weighted_sum(scale: str | bool, tmp_path: Path) -> None:
-    """Twice the first adapter minus half of the second equals weights computed by hand from the two deltas."""
+    """The oracle adds twice the first update and minus one half of the second update to the weights of the base."""
     changes = {"trainable_scale": scale, "target_modules": ["q_proj", "o_proj", "down_proj"]}
     model = under_peft(llama(), settings(**changes))
     model.add_adapter("second", settings(r=5, lora_alpha=10, **changes))

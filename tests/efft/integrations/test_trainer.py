@@ -1,4 +1,7 @@
-"""Test unmodified training loops of other libraries: transformers' Trainer, and accelerate."""
+"""Test adapted models in the training loops of transformers' Trainer and of accelerate.
+
+With the mixin ``AdapterCheckpoints``, the Trainer saves only the adapter in its checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from efft.integrations.trainer import AdapterCheckpoints
 
 pytestmark = pytest.mark.slow  # trains with transformers' Trainer
 
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
-accelerate = pytest.importorskip("accelerate", reason="needs the train extra")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
+accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install 'efft-kernels[train]'")
 
 
 def make(adapted: bool = True) -> nn.Module:
@@ -54,7 +57,7 @@ def trainer(model: nn.Module, out: Path, steps: int, kind: Any = None, **setting
 
 
 class AdapterTrainer(AdapterCheckpoints, transformers.Trainer):  # type: ignore[misc]
-    """Define a trainer as in the documentation of the mixin."""
+    """Define a trainer as in the documentation of ``AdapterCheckpoints``."""
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -75,8 +78,8 @@ def test_trainer_trains_resumes_and_saves(tmp_path: Path) -> None:
 
     trainer(make(), tmp_path / "parts", steps=4).train()
     resumed = trainer(make(), tmp_path / "parts", steps=8)
-    # transformers 5 renames the base's tensors in a checkpoint and does not find them when it resumes. They are frozen,
-    # so that the tensors of the given model are the right ones.
+    # transformers 5 renames the base's tensors in a checkpoint and does not find them when it resumes. This does not
+    # matter, because these tensors are frozen and equal to those of the new model.
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     assert torch.equal(logits(resumed.model), expected)
 
@@ -89,7 +92,7 @@ def test_trainer_trains_resumes_and_saves(tmp_path: Path) -> None:
 
 
 def test_trainer_checkpoints_only_the_adapter_under_peft(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs the hf extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     from efft.integrations.peft import EfftPeftConfig
 
     def under_peft() -> Any:
@@ -124,28 +127,47 @@ def test_trainer_checkpoints_only_the_adapter(tmp_path: Path) -> None:
     assert torch.equal(logits(efft.load_adapter(make(adapted=False), tmp_path / "saved")), expected)
 
 
+def test_trainer_uses_the_rates_of_the_configuration(tmp_path: Path) -> None:
+    model = make(adapted=False)
+    efft.apply(model, efft.EfftConfig.auto(rank=4, rates={"cores": 3.0, "biases": 2.0}))
+    optimizer = trainer(model, tmp_path, 1, AdapterTrainer, weight_decay=0.1).create_optimizer()
+    of = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    for group in efft.parameter_groups(model, 2e-2):
+        expected = {"cores": 6e-2, "biases": 4e-2}.get(group["name"], 2e-2)
+        assert [of[id(p)][0] for p in group["params"]] == pytest.approx([expected] * len(group["params"]))
+    assert len(of) == sum(p.requires_grad for p in model.parameters())
+    decays = {name: of[id(p)][1] for name, p in model.named_parameters() if p.requires_grad}
+    assert all(decay == (0.0 if name.endswith("bias") else 0.1) for name, decay in decays.items())
+    own = torch.optim.SGD(model.parameters(), lr=0.5)
+    kept = AdapterTrainer(model, trainer(model, tmp_path, 1).args, optimizers=(own, None))
+    assert kept.create_optimizer() is own
+    assert len(own.param_groups) == 1
+
+
 def test_trainer_loads_the_best_adapter(tmp_path: Path) -> None:
-    """The loss explodes after the first evaluation at this rate, so that the best checkpoint is not the last one."""
+    """With this learning rate, the loss explodes after the first evaluation, so the last checkpoint is not the best."""
     best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
     runner = trainer(make(), tmp_path, 6, AdapterTrainer, **best, save_steps=2, learning_rate=3.0)
     runner.train()
     checkpoint = Path(runner.state.best_model_checkpoint)
     losses = {line["step"]: line["eval_loss"] for line in runner.state.log_history if "eval_loss" in line}
     assert checkpoint.name == f"checkpoint-{min(losses, key=losses.__getitem__)}"
-    assert min(losses, key=losses.__getitem__) != 6, "else this tests nothing"
+    assert min(losses, key=losses.__getitem__) != 6, "the best checkpoint must not be the last one"
     assert torch.equal(logits(runner.model), logits(efft.load_adapter(make(adapted=False), checkpoint)))
 
 
 def test_trainer_reads_checkpoints_of_whole_models(tmp_path: Path) -> None:
     trainer(make(adapted=False), tmp_path, 4, AdapterTrainer).train()
-    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists(), "a model without an adapter is saved as ever"
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").exists(), (
+        "a model without an adapter must be saved completely"
+    )
     resumed = trainer(make(adapted=False), tmp_path, 4, AdapterTrainer)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_trainer_takes_a_quantized_model(tmp_path: Path) -> None:
-    """Trainer rejects a model that seems to have only quantized weights; with the mixin it trains the adapter."""
-    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    """Trainer rejects a model that seems to have only quantized weights. With the mixin, it trains the adapter."""
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install 'efft-kernels[dev]'")
     make(adapted=False).save_pretrained(tmp_path / "base")
     settings = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig(), modules_to_not_convert=["classifier"])
     model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base", quantization_config=settings)

@@ -1,4 +1,7 @@
-"""Test that every method can adapt, train, save, load, merge, remove, count and compile."""
+"""Test the methods other than EFFT, such as LoRA and FacT.
+
+Every method must adapt a model, train, save, load, merge, export, count its parameters, compile, and restore the model.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +131,8 @@ def test_training_changes_the_factors_and_the_head_alone(
 def test_every_factor_has_a_gradient(name: str, adapted: nn.Module, images: Tensor) -> None:
     adapted(images).square().sum().backward()
     used = {n: 0.0 if p.grad is None else p.grad.bool().double().mean() for n, p in efft.named_factors(adapted)}
-    assert [n for n, share in used.items() if share < (0.5 if name == "loretta_adp" else 1)] == []  # it has a ReLU
+    # The ReLU of loretta_adp blocks some gradients.
+    assert [n for n, share in used.items() if share < (0.5 if name == "loretta_adp" else 1)] == []
 
 
 def test_layers_that_run_again_in_backward(adapted: nn.Module, images: Tensor) -> None:
@@ -157,11 +161,11 @@ def test_a_loaded_adapter_computes_the_same(
     assert fresh.efft.config.to_dict() == adapted.efft.config.to_dict() | {"head": ["head"]}
     card = (tmp_path / "README.md").read_text()
     assert f"Method: {name} ([arXiv " in card
-    efft.load_adapter(adapted, tmp_path)  # an adapted model is also possible
+    efft.load_adapter(adapted, tmp_path)  # load_adapter also accepts an adapted model
     contract("save and load")
 
 
-BEFORE = {  # fields that old files do not have, and their values for such files
+BEFORE = {  # for each method, a configuration, and a field that old files lack and that has this value for such files
     "lorta": (methods.LoRTAConfig(rank=R, scale=0.7, heads_on="output"), "heads_on"),
     "loretta_adp": (methods.LoRETTAAdpConfig(rank=R, bottleneck=6, scale=0.7, bias=False), "bias"),
 }
@@ -180,7 +184,9 @@ def test_an_adapter_saved_before_a_field_was_there(
     assert torch.equal(again(images), model(images))
     default = type(config)()
     assert getattr(default, field) != getattr(config, field)
-    assert getattr(type(config).from_dict({"rank": R}), field) == getattr(default, field), "no file: today's meaning"
+    assert getattr(type(config).from_dict({"rank": R}), field) == getattr(default, field), (
+        "outside of adapter files, a missing field has its current default"
+    )
 
 
 def test_an_adapter_saved_with_the_singular_values_on_the_other_side(
@@ -198,7 +204,7 @@ def test_an_adapter_saved_with_the_singular_values_on_the_other_side(
 
 def test_merging(name: str, adapted: nn.Module, images: Tensor, contract: Callable[..., None]) -> None:
     if name in NOT_MERGED:
-        pytest.skip("a nonlinearity: see test_adapters_are_not_merged")
+        pytest.skip("the method has a nonlinearity and cannot be merged: see test_adapters_are_not_merged")
     before, weights = adapted(images), tensors(adapted)
     assert "nothing" not in str(efft.merge(adapted))
     assert not torch.equal(adapted.blocks[0].attn.qkv.weight, weights["blocks.0.attn.qkv.weight"])
@@ -214,7 +220,7 @@ def test_merged_state_dict_is_that_of_the_plain_model(
     name: str, adapted: nn.Module, tiny_vit: Make, images: Tensor
 ) -> None:
     if name in NOT_MERGED:
-        pytest.skip("a nonlinearity: see test_adapters_are_not_merged")
+        pytest.skip("the method has a nonlinearity and cannot be merged: see test_adapters_are_not_merged")
     plain = tiny_vit().eval()
     plain.load_state_dict(efft.merged_state_dict(adapted))
     torch.testing.assert_close(plain(images), adapted(images), rtol=1e-4, atol=1e-4)
@@ -290,7 +296,7 @@ def test_part_of_the_layers(name: str, tiny_vit: Make, randomize: Callable[..., 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks(adapted: nn.Module, images: Tensor, contract: Callable[..., None]) -> None:
     expected = adapted(images)
-    torch._dynamo.reset()  # dynamo makes at most 8 graphs per function, and every method needs a new one
+    torch._dynamo.reset()  # dynamo creates at most 8 graphs per function, and every method needs a new graph
     compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
     actual = compiled(images)
     torch.testing.assert_close(actual, expected)

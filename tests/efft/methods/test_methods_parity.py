@@ -1,4 +1,7 @@
-"""Compare the updates of every method with a dense, matrix-by-matrix formula, and with ``peft``."""
+"""Compare the updates of every method other than EFFT with dense formulas, which compute one matrix after the other.
+
+LoRA and VeRA are also compared with ``peft``. Other tests cover initial values, counts and refused settings.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ Factors = dict[str, Tensor]
 Dense = Callable[[Factors], dict[str, Tensor]]
 
 R, S = 3, 0.7
-L, H = 2, 2  # blocks and heads of the tiny ViT
+L, H = 2, 2  # numbers of blocks and heads of the tiny ViT
 ROLES = {"qkv": "attn.qkv", "o": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 
 
 def by_layer(matrix: Callable[[str, int], Tensor]) -> dict[str, Tensor]:
-    """Return ΔW [d_in, d_out] of every layer; ``matrix`` computes ΔW for a role in block l."""
+    """Return ΔW [d_in, d_out] of every layer; ``matrix`` computes ΔW for a role, such as "qkv", in block l."""
     return {f"blocks.{l}.{ending}": S * matrix(role, l) for role, ending in ROLES.items() for l in range(L)}
 
 
@@ -74,7 +77,7 @@ def metatt_5d(p: Factors) -> dict[str, Tensor]:
 
 
 def lorta(p: Factors, heads_on: str = "input") -> dict[str, Tensor]:
-    """Return the matrix as in the authors' code, which multiplies by its transpose: ``x @ dW.T``."""
+    """Return the updates. With ``heads_on="input"``, they are transposed, as in the authors' code (``x @ dW.T``)."""
 
     def matrix(l: int, m: int) -> Tensor:
         c = p["joint.C_l"][l] * p["joint.C_m"][m]
@@ -86,7 +89,7 @@ def lorta(p: Factors, heads_on: str = "input") -> dict[str, Tensor]:
 
 
 def tenslora(tensor: str, p: Factors) -> dict[str, Tensor]:
-    """Return the updates as slices of the full tensors [in, d / heads, heads, matrices, blocks]."""
+    """Return the updates, which are slices of dense tensors [in, d / heads, heads, matrices, blocks]."""
     modes = tensor.split("_")
 
     def whole(x: int, y: int) -> Tensor:
@@ -107,7 +110,7 @@ def tenslora(tensor: str, p: Factors) -> dict[str, Tensor]:
 def tt_lora(p: Factors) -> dict[str, Tensor]:
     def matrix(role: str, l: int) -> Tensor:
         a, b, c, d, e, f = (p[f"{role}.cores.{k}"][l] for k in range(6))
-        dense = torch.einsum("oiq,qjr,rks,sxt,tyu,uzv->kjixyz", a, b, c, d, e, f)  # input indices reversed
+        dense = torch.einsum("oiq,qjr,rks,sxt,tyu,uzv->kjixyz", a, b, c, d, e, f)  # input indices in reverse order
         return dense.reshape(dense[..., 0, 0, 0].numel(), -1)
 
     return by_layer(matrix)
@@ -216,7 +219,7 @@ def test_lora_xs_works_between_singular_vectors(
         expected = S * bank.A[i] @ bank.R[i] @ bank.B[i]
         torch.testing.assert_close(layer.delta_weight().t(), expected)
         parity("lora_xs", (layer.delta_weight().t(), expected))
-        # A B is the best approximation of W at rank R (Eckart-Young theorem).
+        # (A B)ᵀ is the best approximation of W at rank R (Eckart-Young theorem).
         lost = (layer.weight - (bank.A[i] @ bank.B[i]).t()).norm()
         torch.testing.assert_close(lost, torch.linalg.svdvals(layer.weight)[R:].norm(), msg=name)
         torch.testing.assert_close(bank.B[i] @ bank.B[i].t(), torch.eye(R, dtype=torch.float64))
@@ -227,7 +230,7 @@ def test_lora_xs_works_between_singular_vectors(
 
 def with_peft(model: nn.Module, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
     """Return ``model`` with an adapter of ``peft`` on every qkv layer, and these layers by name."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     config = getattr(peft, settings.pop("config"))(target_modules=["qkv"], **settings)
     adapted = peft.get_peft_model(model, config).base_model.model
     return adapted, {n: m for n, m in adapted.named_modules() if n.endswith("attn.qkv")}
@@ -325,7 +328,8 @@ def test_factors_that_start_otherwise(tiny_vit: Make) -> None:
     assert torch.equal(vera.lambda_d.detach(), torch.full((4, 8), 0.1))
 
 
-REFUSED: dict[str, tuple[AdapterConfig, float, str]] = {  # with the ratio of the MLP's width to the model's
+#: For each case, the configuration, the width of the MLP divided by the width of the model, and the error.
+REFUSED: dict[str, tuple[AdapterConfig, float, str]] = {
     "no heads": (
         methods.LoRTAConfig(targets="ffn"),
         4,
@@ -336,9 +340,17 @@ REFUSED: dict[str, tuple[AdapterConfig, float, str]] = {  # with the ratio of th
         4,
         "the number of heads must divide the layers' width 16, got 3; set heads=",
     ),
-    "rank": (methods.LoRAXSConfig(rank=17), 4, "LoRAXSConfig.rank must be at most .*, got 17 and blocks.0.attn.qkv is"),
-    "later": (methods.LoRAXSConfig(rank=16), 0.5, "got 16 and blocks.0.mlp.fc1 is 16x8"),
-    "width": (methods.FacTTTConfig(), 2.5, "'joint': layers that share U and V must be of one width d, .* is 16x40"),
+    "rank": (
+        methods.LoRAXSConfig(rank=17),
+        4,
+        "LoRAXSConfig.rank must be at most .*, got 17, but 'blocks.0.attn.qkv' is",
+    ),
+    "later": (methods.LoRAXSConfig(rank=16), 0.5, "got 16, but 'blocks.0.mlp.fc1' is 16x8"),
+    "width": (
+        methods.FacTTTConfig(),
+        2.5,
+        "'joint': layers that share U and V must have the sizes d -> d, .* is 16x40",
+    ),
 }
 
 

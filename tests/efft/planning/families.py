@@ -1,4 +1,4 @@
-"""Create tiny models of many families, with random weights and inputs."""
+"""Create tiny models of many families of architectures, with random weights and inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Family = Callable[[], tuple[nn.Module, Inputs]]
 def make(name: str) -> tuple[nn.Module, Inputs]:
     """Return a model of the family in float64 and evaluation mode, and inputs for it; all calls return equal values.
 
-    Zero weights, such as those of some norms and scales, get random values. Otherwise a later layer would not get a
+    Noise is added to all parameters, because some norms and scales start at zero, and other layers would then have no
     gradient.
     """
     torch.manual_seed(0)
@@ -48,10 +48,10 @@ def _words(n: int = 12) -> Tensor:
 
 
 def _timm(name: str, size: int, **changes: Any) -> Family:
-    """Return a timm model for images of ``size`` pixels, by its name or by a "module.Class" of timm.models."""
+    """Return a function that creates a timm model. ``name`` is its name, or a "module.Class" of timm.models."""
 
     def build() -> tuple[nn.Module, Inputs]:
-        timm = pytest.importorskip("timm", reason="needs the vision extra")
+        timm = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'")
         module, _, kind = name.partition(".")
         if kind:
             return getattr(getattr(timm.models, module), kind)(num_classes=5, **changes), {"x": _images(size)}
@@ -61,19 +61,19 @@ def _timm(name: str, size: int, **changes: Any) -> Family:
 
 
 def _mvit() -> tuple[nn.Module, Inputs]:
-    mvit = pytest.importorskip("timm", reason="needs the vision extra").models.mvitv2
+    mvit = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'").models.mvitv2
     sizes = mvit.MultiScaleVitCfg(depths=(2, 2), embed_dim=8, num_heads=1, stride_q=((1, 1), (2, 2)))
     return mvit.MultiScaleVit(sizes, img_size=32, num_classes=5), {"x": _images(32)}
 
 
 def _regnet() -> tuple[nn.Module, Inputs]:
-    regnet = pytest.importorskip("timm", reason="needs the vision extra").models.regnet
+    regnet = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'").models.regnet
     sizes = regnet.RegNetCfg(w0=8, wa=8, wm=2, group_size=8, depth=8, se_ratio=0.25)
     return regnet.RegNet(sizes, num_classes=5), {"x": _images(32)}
 
 
 def _resmlp() -> tuple[nn.Module, Inputs]:
-    mixer = pytest.importorskip("timm", reason="needs the vision extra").models.mlp_mixer
+    mixer = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'").models.mlp_mixer
     norm, block = mixer.Affine, mixer.ResBlock
     return mixer.MlpMixer(5, 32, 3, 8, 2, 16, 4, block_layer=block, norm_layer=norm), {"x": _images(32)}
 
@@ -82,12 +82,13 @@ _SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "
 
 
 def _hugging_face(kind: str, config: str, inputs: Callable[[], Inputs], **sizes: Any) -> Family:
-    """Return a model of transformers by the names of its class and its configuration's class (without "Config")."""
+    """Return a function that creates a model of transformers, from the names of its class and of its configuration."""
 
     def build() -> tuple[nn.Module, Inputs]:
-        transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+        transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
         settings = getattr(transformers, f"{config}Config")(**sizes)
-        settings._attn_implementation = settings._experts_implementation = "eager"  # the others do not support float64
+        # Other implementations do not support float64.
+        settings._attn_implementation = settings._experts_implementation = "eager"
         return getattr(transformers, kind)(settings), inputs()
 
     return build
@@ -102,13 +103,13 @@ def _translation() -> Inputs:
 
 
 def _causal(name: str, **sizes: Any) -> Family:
-    """Return a language model without a cache; the settings for its sizes have the usual names."""
+    """Return a function that creates a language model without a cache. ``sizes`` extends the usual settings."""
     usual = {**_SMALL, "num_key_value_heads": 1, "vocab_size": 64, "use_cache": False, "pad_token_id": 0}
     return _hugging_face(f"{name}ForCausalLM", name, _text, **{**usual, **sizes})
 
 
 def _encoder(name: str, **sizes: Any) -> Family:
-    """Return a text encoder; the settings for its sizes have the usual names."""
+    """Return a function that creates a text encoder. ``sizes`` extends the usual settings."""
     usual = {**_SMALL, "vocab_size": 64, "num_labels": 5, "pad_token_id": 0}
     return _hugging_face(f"{name}ForSequenceClassification", name, _text, **{**usual, **sizes})
 
@@ -119,7 +120,9 @@ def _pictures(name: str, size: int, task: str = "ForImageClassification", **size
 
 def _torchvision(build: Callable[[Any], nn.Module], size: int) -> Family:
     def made() -> tuple[nn.Module, Inputs]:
-        models = pytest.importorskip("torchvision", reason="needs the vision extra").models
+        models = pytest.importorskip(
+            "torchvision", reason="needs torchvision: pip install 'efft-kernels[vision]'"
+        ).models
         return build(models), {"x": _images(size)}
 
     return made

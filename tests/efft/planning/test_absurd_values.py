@@ -1,4 +1,4 @@
-"""Test that meaningless settings immediately raise an error that names the setting, in Python and in files."""
+"""Test that meaningless settings, in Python and in adapter files, immediately raise an error that names the setting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Unchanged = Callable[[nn.Module], AbstractContextManager[None]]
 INTEGERS = [0, -1, 10**5, 10**30, 10**5000, True, 3.0, float("nan"), float("inf"), "3", [], {}]
 NUMBERS = [10**7, -1e30, 10**30, 10**400, float("nan"), float("-inf"), True, "1.0", [1.0], None]
 TEXTS = [3, None, True, "nonsense", ["v"], {}]
-#: For each name of a field, values that the field does not accept, whatever the method is.
+#: For each name of a field, values that no method accepts.
 ABSURD: dict[str, list[Any]] = {
     **dict.fromkeys(("rank", "bottleneck", "n_factors", "heads"), INTEGERS),
     **dict.fromkeys(("scale", "d_initial", "dropout"), NUMBERS),
@@ -51,7 +51,7 @@ CASES = [
     for value in ABSURD[field.name]
     if not (
         field.name in ("scale", "rank") and method == "efft" and value == {}
-    )  # {} names no group: the plan rejects it
+    )  # the constructor accepts {}, but a plan rejects it, because it names no group
 ]
 
 
@@ -90,7 +90,7 @@ def test_files_are_refused(method: str, tiny_vit: Make, tmp_path: Path, unchange
     with unchanged(model):
         for _, name, value in (case for case in CASES if case[0] == method):
             if isinstance(value, int) and abs(value) > 10**4000:
-                continue  # json cannot write this value either
+                continue  # json cannot write an integer of this size
             edit_config(tmp_path, lambda d, name=name, value=value: d["config"].update({name: value}))
             with cheap(), pytest.raises(ValueError, match=rf"{METHODS[method].__name__}\.{name} must be "):
                 efft.load_adapter(model, tmp_path)

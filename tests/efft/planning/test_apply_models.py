@@ -1,4 +1,8 @@
-"""Test models of unusual structure: layers by name, transformers, nested models, and updates without effect."""
+"""Test ``efft.apply`` on models of unusual structure.
+
+The tests cover layers that are selected by name, models of transformers, nested models, layers that a model does not
+call, and layers with hooks or replaced forwards.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +73,7 @@ HF: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 def hugging_face(name: str) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
     """Return a tiny random model of transformers, its inputs and the layers to adapt."""
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     family, sizes, targets = HF[name]
     if name != "swin":
         sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, **sizes}
@@ -91,7 +95,7 @@ def test_transformers_models_by_name(name: str, unchanged: Unchanged) -> None:
         base = model(**inputs).logits
         efft.apply(model, efft.EfftConfig(rank=2, targets=targets))
         assert model.efft.head == ["classifier"]
-        # Not exact: for Swin's strided windows nn.Linear does not use addmm.
+        # Not exactly equal, because nn.Linear does not use addmm for the strided windows of Swin.
         torch.testing.assert_close(model(**inputs).logits, base, rtol=1e-6, atol=1e-8)
         efft.remove(model)
 
@@ -139,7 +143,7 @@ def test_model_inside_a_bigger_one(tiny_vit: Make, images: Tensor, unchanged: Un
 
 
 class TorchEncoder(nn.Module):
-    """Hold torch's own encoder, whose fast path (eval mode) reads the weights and does not call the layers."""
+    """Hold torch's own encoder. In eval mode, its fast path reads the weights and does not call the layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,8 +157,8 @@ class TorchEncoder(nn.Module):
 
 @pytest.mark.parametrize("name", ["beit", "swinv2"])
 def test_attention_that_reads_its_weight(name: str) -> None:
-    """timm's BEiT and Swin v2 add separate biases for q and v; the weight that they read includes the update."""
-    models = pytest.importorskip("timm", reason="needs the vision extra").models
+    """timm's BEiT and Swin v2 do not call qkv, but read its weight. This weight must include the update."""
+    models = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'").models
     if name == "beit":
         model = models.beit.Beit(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3).eval()
         x, layer = torch.randn(2, 3, 16, 16), "blocks.0.attn.qkv"
@@ -200,11 +204,11 @@ def test_blocks_that_do_not_run_are_no_fault(tiny_vit: Make, images: Tensor) -> 
         model(images).sum().backward()
     gradient = model.efft["mhsa"].C.grad
     assert gradient is not None
-    assert not gradient[0].any(), "block 0 took no part"
+    assert not gradient[0].any(), "block 0 did not run, so its cores must have no gradient"
 
 
 def test_layers_that_run_in_no_block_are_reported_once(tiny_vit: Make, images: Tensor) -> None:
-    """In some models the blocks use different layers, for example if a module reads the weights itself."""
+    """A layer that runs in none of the blocks probably has no effect, so the first pass warns about it."""
     model = efft.apply(Part(tiny_vit()), efft.EfftConfig(rank=4))
     with pytest.warns(UserWarning, match=r"8 of 8 adapted layers did not run .*'vit\.blocks\.0\.attn\.qkv' first"):
         model(images)
@@ -215,8 +219,8 @@ def test_layers_that_run_in_no_block_are_reported_once(tiny_vit: Make, images: T
 
 
 def test_layer_drop_warns_of_nothing() -> None:
-    """Wav2Vec2 randomly skips layers in training."""
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    """Wav2Vec2 randomly skips layers in training, which must not cause a warning."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 4}
     convolutions = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4}
     config = transformers.Wav2Vec2Config(
@@ -233,7 +237,7 @@ def test_layer_drop_warns_of_nothing() -> None:
 
 @pytest.mark.parametrize("first", ["eval", "train"])
 def test_fast_path_of_torchs_encoder(first: str) -> None:
-    """Training calls the layers, and evaluation reads their weights; the update takes effect in both cases."""
+    """Training calls the layers, and evaluation reads their weights. The update must take effect in both cases."""
     model, x = TorchEncoder(), torch.randn(2, 3, 4, 4)
     efft.apply(model, efft.EfftConfig(rank=4, targets=["linear1", "linear2"], head=[]))
     for _, factor in efft.named_factors(model):
@@ -249,7 +253,7 @@ def test_fast_path_of_torchs_encoder(first: str) -> None:
 
 
 def test_all_of_a_half_known_architecture(tiny_vit: Make) -> None:
-    """In a timm ViT with foreign attention modules, the shapes determine the tensor trains."""
+    """A timm ViT with unknown attention modules must be adapted completely."""
     model = tiny_vit()
     for block in model.blocks:
         block.attn = nn.Sequential(nn.Linear(16, 16))
@@ -265,7 +269,7 @@ def test_all_of_a_half_known_architecture(tiny_vit: Make) -> None:
 
 
 def test_forward_set_on_the_layer(tiny_vit: Make, images: Tensor) -> None:
-    """Many profilers replace a layer's forward; the replacement still runs, with a weight that includes the update."""
+    """Many profilers replace a layer's forward. The replacement must run, with a weight that includes the update."""
     model = tiny_vit().eval()
     layer = model.blocks[0].mlp.fc1
     forward = layer.forward
@@ -296,7 +300,7 @@ def test_computed_weights_are_left_out_by_name(norm: Callable[[nn.Module], nn.Mo
 
 
 def test_hooks_on_adapted_layers_keep_firing(tiny_vit: Make, images: Tensor) -> None:
-    """Hooks set before apply or on the adapted layer run until their handles remove them, even after efft.remove."""
+    """Hooks from before apply, and hooks on the adapted layer, must run until their handles remove them."""
     model = tiny_vit()
     calls: list[str] = []
     layer = model.blocks[0].mlp.fc1
@@ -379,7 +383,7 @@ def test_other_things_than_a_model_and_a_configuration(tiny_vit: Make) -> None:
 
 
 def test_blocks_of_another_kind(tiny_vit: Make) -> None:
-    """Examples are the class-attention blocks of XCiT and CaiT, or one foreign block among the others."""
+    """Blocks of other kinds, such as the class-attention blocks of XCiT and CaiT, are adapted as well."""
     model = tiny_vit()
     model.cls_blocks = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(2)])
     efft.apply(model, efft.EfftConfig(rank=4))
@@ -387,7 +391,7 @@ def test_blocks_of_another_kind(tiny_vit: Make) -> None:
 
 
 def test_tied_weights_are_refused(unchanged: Unchanged) -> None:
-    """Merging one of the layers would change the other one, whether adapted or not."""
+    """Merging the layer would also change the other module, because both weights have the same memory."""
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "words": nn.Embedding(8, 8)})
     model["words"].weight = model["a"].weight
     with unchanged(model), pytest.raises(ValueError, match=r"'a' cannot .* tied: a and words have the same"):

@@ -74,7 +74,7 @@ def test_models_without_biases() -> None:
         ),
         ({"budget": 500, "bias": "all"}, rf"rank 1 needs {factors(1) + 384} \(excluding the head\)"),
         ({"budget": 0}, "budget must be a positive number of parameters, got 0"),
-        ({"budget": 1000, "rank": 4}, "give either budget or rank, got 1000 and 4"),
+        ({"budget": 1000, "rank": 4}, "pass either budget or rank, got 1000 and 4"),
         ({}, r"a number of parameters \(budget=\.\.\.\) is missing"),
     ],
 )

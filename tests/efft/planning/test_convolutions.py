@@ -1,4 +1,4 @@
-"""Test convolutional networks: selecting layers by name, kernels of 1 x 1 and larger, and the calls of the library."""
+"""Test adapted convolutions: their tensor trains, and training, saving, merging, exporting and compiling a network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from efft.adapting.inject import adapted_layers
 from efft.methods import LoRAConfig, LoRETTAAdpConfig
 from efft_kernels import EfftConv2d, EfftLinear
 
-timm = pytest.importorskip("timm", reason="needs the vision extra")
+timm = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'")
 TARGETS = [r"layer\d\.\d\.conv[12]", "downsample.1"]
 
 
@@ -102,7 +102,7 @@ def test_other_methods(images: Tensor) -> None:
 
 
 def test_exported_lora_runs_in_peft(images: Tensor, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="needs the peft extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     model = trained(efft.apply(network(), efft.EfftConfig(targets=TARGETS, rank=4)))
     efft.export_lora(model, tmp_path)
     alone = peft.PeftModel.from_pretrained(network(), str(tmp_path)).eval()
@@ -110,7 +110,7 @@ def test_exported_lora_runs_in_peft(images: Tensor, tmp_path: Path) -> None:
 
 
 def test_kernels_that_are_standardised_are_told_of_once_with_their_size(images: Tensor) -> None:
-    """A module that standardizes its weight needs the sum of weight and update, so that a dense weight is computed."""
+    """A module that standardizes its weight needs the dense sum of weight and update. One warning names its size."""
     model = efft.apply(timm.create_model("test_nfnet", num_classes=5), efft.EfftConfig(rank=2))
     read = {n: u for n, u in adapted_layers(model).items() if not isinstance(u, nn.Module)}
     size = 4 * sum(update.weight.numel() for update in read.values()) / 2**20

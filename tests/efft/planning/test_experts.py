@@ -1,4 +1,7 @@
-"""Compare tiny adapted mixtures of experts of transformers with plain models whose weights include dense updates."""
+"""Test tiny mixtures of experts of transformers.
+
+The oracle is a plain model whose weights include the dense updates.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from efft_kernels.nn.adapt import adapt, cannot_adapt, named_adapted_weights, re
 from efft_kernels.nn.parameter import restore_module
 from tests.adapted_experts import AdaptedModel
 
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
 
 SIZES: dict[str, Any] = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -44,7 +47,7 @@ def make_model(name: str) -> nn.Module:
     torch.manual_seed(3)
     config = getattr(transformers, f"{name}Config")(**SIZES | MODELS[name])
     model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
-    for parameter in model.parameters():  # compared with the library's initial weights, most updates would be too large
+    for parameter in model.parameters():  # the initial weights are so small that most updates would dominate them
         if parameter.dim() == 3:
             nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -63,7 +66,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_model_computes_with_its_updates(name: str, implementation: str) -> None:
-    """With every implementation, unmerged and merged models agree with a plain model with the updated dense weights."""
+    """With every implementation of experts, unmerged and merged models must agree with the oracle."""
     model, plain = make_model(name), make_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for each in (model, plain):
@@ -71,13 +74,15 @@ def test_a_model_computes_with_its_updates(name: str, implementation: str) -> No
     base = logits(plain)
     adapted = AdaptedModel(model)
     assert len(adapted.weights) == 4
-    assert set(adapted.weights) <= set(dict(model.named_parameters())), "known by the full names of the parameters"
+    assert set(adapted.weights) <= set(dict(model.named_parameters())), (
+        "the updates must have the full names of their parameters"
+    )
     live = logits(model)
     with torch.no_grad():
         for key, value in adapted.effective().items():
             plain.get_parameter(key).copy_(value)
     exact = logits(plain)
-    assert (exact - base).norm() > 0.1 * base.norm(), "the update hardly counts"
+    assert (exact - base).norm() > 0.1 * base.norm(), "the update is too small to compare"
     close = {"atol": 2e-5 * exact.abs().max().item(), "rtol": 1e-4}
     torch.testing.assert_close(live, exact, **close)
     for weight in adapted.weights.values():
@@ -86,7 +91,7 @@ def test_a_model_computes_with_its_updates(name: str, implementation: str) -> No
     for weight in adapted.weights.values():
         weight.unmerge()
         weight.enabled = False
-    assert torch.equal(logits(model), base), "without the update it is the chosen implementation, bit for bit"
+    assert torch.equal(logits(model), base), "a disabled update must have no effect at all"
     for module in adapted.modules.values():
         restore_module(module)
     after = model.state_dict()
@@ -103,11 +108,11 @@ def test_the_first_step_is_a_no_op(name: str) -> None:
     assert not adapted.bank.V.any()
     torch.testing.assert_close(logits(model), base, atol=1e-6, rtol=1e-5)
     logits(model).square().sum().backward()
-    assert adapted.bank.V.grad.any(), "and the second one is not"
+    assert adapted.bank.V.grad.any(), "V must have a gradient"
 
 
 def test_training_with_checkpoints_and_dropout(name: str) -> None:
-    """Gradients with blocks that run again in backward equal those without checkpointing."""
+    """Activation checkpointing must not change the gradients, although it runs the blocks a second time."""
     gradients = []
     for again in (False, True):
         model = make_model(name).train()
@@ -125,7 +130,7 @@ def test_training_with_checkpoints_and_dropout(name: str) -> None:
 
 
 def test_products_that_are_called() -> None:
-    """JetMoE calls its products with rows sorted by expert, and with the number of rows of each expert."""
+    """JetMoE calls a module for each product, with tokens sorted by expert and the number of tokens of each expert."""
     config = transformers.JetMoeConfig(
         **SIZES | {"intermediate_size": 48, "num_local_experts": 4, "kv_channels": 8}, num_experts_per_tok=2
     )
@@ -156,7 +161,7 @@ def test_products_that_are_called() -> None:
 
 
 def test_by_the_names_of_parameters(name: str) -> None:
-    """A plan also adapts experts in this way, in addition to other layers of the model."""
+    """``efft.apply`` also calls ``adapt`` with the names of expert parameters and of other layers."""
     model = make_model(name)
     base = logits(model)
     sites: dict[str, Any] = {}
@@ -177,7 +182,7 @@ def test_by_the_names_of_parameters(name: str) -> None:
     weights = adapt(model, sites, views=views)
     assert dict(named_adapted_weights(model)) == weights
     live = logits(model)
-    assert not any(weight.binding.read for weight in weights.values()), "a dense weight was made"
+    assert not any(weight.binding.read for weight in weights.values()), "a pass must not compute a dense weight"
     for weight in weights.values():
         assert weight.weight.shape == weight.delta_weight().shape
         weight.merge()
@@ -189,8 +194,8 @@ def test_by_the_names_of_parameters(name: str) -> None:
 
 
 def test_as_lora_of_peft(name: str, tmp_path: Path) -> None:
-    """The checkpoint contains the complete update; experts and routers are parameters in peft as well."""
-    peft = pytest.importorskip("peft", reason="needs the dev extra")
+    """A LoRA checkpoint can hold the updates of experts and routers, which peft also regards as parameters."""
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     model, base = make_model(name), make_model(name)
     shared = [r".*shared_experts.*"] if name == "DeepseekV3" else []
     efft.apply(model, efft.EfftConfig(rank=(3, 4), exclude=shared, head=[])).eval()
@@ -200,7 +205,7 @@ def test_as_lora_of_peft(name: str, tmp_path: Path) -> None:
     live = logits(model)
     efft.export_lora(model, tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # such as the warning about missing keys
+        warnings.simplefilter("error", UserWarning)  # for example, peft warns about missing keys
         loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert (logits(make_model(name)) - live).norm() > 0.1 * live.norm()
     torch.testing.assert_close(logits(loaded), live, atol=1e-5, rtol=1e-4)
@@ -214,7 +219,7 @@ def test_what_peft_takes_for_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_all_of_a_model(name: str, tmp_path: Path) -> None:
-    """One call adapts all layers without a warning; the adapter is saved, loaded and removed."""
+    """One call adapts all layers without a warning. The adapter can be saved, loaded, merged and removed."""
     model, base = make_model(name), make_model(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -1,4 +1,4 @@
-"""Test adapting, training, saving, merging and exporting, for many families of models: :data:`families.FAMILIES`.
+"""Test adapting, gradients, saving, merging and exporting, for the many families of models in ``families.FAMILIES``.
 
 Models are in float64. Differences are compared with the effect of rounding, which is the change of the output if every
 weight changes by a few hundred units in its last place (:func:`noise_of`). Many models compute norms or a softmax in
@@ -20,7 +20,7 @@ import efft
 from efft_kernels import ExpertWeight
 from tests.efft.planning.families import FAMILIES, Inputs, make, output_of
 
-#: The names of the blocks in these families.
+#: A pattern of the names of blocks in these families.
 BLOCKS = re.compile(r"(blocks?|layers?|stages|features|network|groups|\bh)\.\d+\.|layer_?\d+\.|\bs\d\.b\d+\.")
 
 #: Layers before or between the blocks, which do not belong to a block.
@@ -31,8 +31,8 @@ BETWEEN = {
     "wav2vec2": r"conv_layers\.0\.",
 }
 
-#: Parameters that are not adapted although they exceed 1 % of the weights in blocks; the warning must name them. They
-#: are tables of positions and segments, which are looked up, and decays.
+#: Parameters that are not adapted although they exceed 1 % of the weights in blocks. The warning must name them. They
+#: are tables of positions and segments, whose rows are looked up, and decays of state space models.
 LEFT_OUT = {
     "beit": "relative_position_bias_table",
     "swin": "relative_position_bias_table",
@@ -44,7 +44,7 @@ LEFT_OUT = {
     "zamba": r"A_log|D$",
 }
 
-#: Parameters that correctly get no gradient: the first attention of DETR's decoder has zero queries as values.
+#: Parameters that correctly have no gradient. The first self-attention of DETR's decoder reads only zeros.
 NO_GRADIENT = {"detr": r"decoder\.layers\.0\.self_attn\.v_proj"}
 
 #: For each error text, the families whose update peft cannot represent exactly for this reason.
@@ -85,7 +85,9 @@ def test_family(family: str, tmp_path: Path) -> None:
     merged = copy.deepcopy(plain)
     merged.load_state_dict(efft.merged_state_dict(model))
     noise, effect = noise_of(merged, inputs), (live - base).abs().max().item()
-    assert effect > 1e3 * noise, f"the update changes the output by {effect:.1e}, rounding by {noise:.1e}: a weak test"
+    assert effect > 1e3 * noise, (
+        f"the update changes the output by {effect:.1e}, rounding by {noise:.1e}: it is too small to test"
+    )
     efft.save_adapter(model, tmp_path / "adapter")
     again = efft.load_adapter(copy.deepcopy(plain), tmp_path / "adapter")
     outputs = {"merged_state_dict": merged, "reloaded": again}
@@ -136,7 +138,7 @@ def look(model: nn.Module) -> dict[str, object]:
 
 
 def check_what_is_left_out(family: str, model: nn.Module, said: list[str]) -> None:
-    """Check that 99 % of the matrices in blocks are adapted, or that the warning and the table name the others."""
+    """Check that 99 % of the matrices in blocks are adapted, or that ``LEFT_OUT`` and the warning name the others."""
     names = efft.adapted_layers(model).keys()
     head = tuple(f"{name}." for name in model.efft.head)
     inside = {n: p for n, p in model.named_parameters() if BLOCKS.search(n) and not n.startswith(head)}
@@ -158,9 +160,9 @@ def check_what_is_left_out(family: str, model: nn.Module, said: list[str]) -> No
     if family not in LEFT_OUT:
         assert share <= 0.01, f"{share:.1%} is left out: {list(left)}"
         return
-    assert untouched, f"{share:.1%} is left out without a word: {list(left)}"
+    assert untouched, f"{share:.1%} is left out without a warning: {list(left)}"
     unnamed = [name for name in left if not re.search(LEFT_OUT[family], name)]
-    assert not unnamed, f"left out, too: {unnamed}"
+    assert not unnamed, f"LEFT_OUT does not name {unnamed}"
     assert re.search(LEFT_OUT[family], untouched[0])
 
 
@@ -183,8 +185,8 @@ def check_gradients(family: str, model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def in_peft(model: nn.Module, plain: nn.Module, folder: Path) -> nn.Module:
-    """Return the plain model under peft with the exported update."""
-    peft = pytest.importorskip("peft", reason="needs the hf extra")
+    """Export the adapter to ``folder``, load it with peft into ``plain``, and return that model."""
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     efft.export_lora(model, folder)
     wrapped: nn.Module = peft.PeftModel.from_pretrained(plain, str(folder)).eval()
     return wrapped.base_model.model

@@ -28,7 +28,7 @@ DIMS = {"vit_base": (768, 12), "vit_large": (1024, 24), "vit_huge": (1280, 32)}
 
 @cache
 def on_meta(name: str) -> nn.Module:
-    timm = pytest.importorskip("timm", reason="needs the vision extra")
+    timm = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'")
     with torch.device("meta"):
         model: nn.Module = timm.create_model(name)
     return model
@@ -60,11 +60,12 @@ def test_headline_numbers_of_the_paper() -> None:
     assert two.backbone == 85_798_656
     assert f"{100 * one.factors / one.backbone:.3f}" == "0.186"
     assert f"{100 * two.factors / two.backbone:.3f}" == "0.286"
-    assert f"{100 * two.factors / (two.backbone + 769_000):.3f}" == "0.284"  # percent of 86,567,656 with the 1k head
+    # With the head of 1000 classes, the model has 86,567,656 parameters.
+    assert f"{100 * two.factors / (two.backbone + 769_000):.3f}" == "0.284"
 
 
 def test_mean_over_the_19_published_ranks() -> None:
-    """Of the 19 tasks, 4/5/10 use the ranks 8/16/32 with EFFT1, and 2/9/8 with EFFT2."""
+    """With EFFT1, 4, 5 and 10 of the 19 tasks use the ranks 8, 16 and 32. With EFFT2, 2, 9 and 8 tasks use them."""
     for variant, tasks, mean in (("efft1", (4, 5, 10), 0.110), ("efft2", (2, 9, 8), 0.158)):
         totals = [count(VIT["vit_base"], efft.EfftConfig(rank=r, variant=variant)).factors for r in (8, 16, 32)]
         assert round(sum(n * t for n, t in zip(tasks, totals, strict=True)) / 19e6, 3) == mean
@@ -121,7 +122,10 @@ def test_distilled_deit_has_two_heads() -> None:
 
 
 def test_giant_dinov2_has_a_gated_mlp() -> None:
-    """The model has 40 blocks of width 1536. fc1 packs gate and value of width 4096 each and has 2 cores, fc2 has 1."""
+    """The model has 40 blocks of width 1536.
+
+    fc1 packs a gate and a value of width 4096, and has two cores. fc2 has one core.
+    """
     r = 16
     counted = count("vit_giant_patch14_dinov2", efft.EfftConfig(rank=r))
     assert counted.groups == {"mhsa": 2 * 1536 * r + 40 * 4 * r * r, "ffn": (1536 + 4096) * r + 40 * 3 * r * r}

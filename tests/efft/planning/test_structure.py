@@ -39,7 +39,7 @@ class Mixture(nn.Module):
 
 
 class Tail(nn.Sequential):
-    """Apply layers in sequence, as a tower with a different class."""
+    """Apply layers in sequence. With this subclass, two parts of a model have different classes."""
 
 
 class Held(nn.Module):
@@ -83,7 +83,7 @@ def test_a_list_of_one_block_is_planned_as_one_of_two(n: int) -> None:
 
 
 def test_sizes_that_are_tensors_are_numbers_in_the_plan() -> None:
-    """Some models compute their widths with torch."""
+    """Some models compute their widths with torch, so the sizes of layers are tensors."""
     width = torch.tensor(48)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(width // 3, width), nn.Linear(width, width // 3)) for _ in "ab"))
     plan = efft.inspect(model, efft.EfftConfig(rank=2, head=[]))
@@ -102,7 +102,7 @@ def test_no_group_has_more_parameters_than_its_weights() -> None:
         weights = sum(weight.numel for weight in plan.weights_of(group).values())
         assert group.n_parameters < weights
     ranks = {(group.d_in, group.d_out): group.rank for group in plan.groups}
-    assert ranks[64, 64] == (32, 32), "where the rank pays, it is kept"
+    assert ranks[64, 64] == (32, 32), "if the weights of a group are large, its rank must stay"
     assert ranks[9, 64][1] < 32
 
 
@@ -112,7 +112,7 @@ def test_weights_too_small_for_an_update_are_left_out_and_the_plan_says_so() -> 
     assert list(plan.weights) == ["layers.0.a"]
     assert "layers.*.b.weight (1, 1.5%): an update would have more parameters than the weight" in str(plan)
     everything = efft.inspect(model, efft.EfftConfig(rank=4, targets="all-linear", head=[]))
-    assert list(everything.weights) == ["layers.0.a", "layers.0.b"], "what is asked for is adapted"
+    assert list(everything.weights) == ["layers.0.a", "layers.0.b"], "'all-linear' must adapt every linear layer"
 
 
 def test_modules_held_in_plain_lists_are_adapted_and_come_back() -> None:
@@ -138,7 +138,10 @@ def test_modules_held_in_plain_lists_are_adapted_and_come_back() -> None:
 
 @pytest.mark.parametrize("names", [("0", "1"), ("left-hand side", "left_hand side"), ("a_b", "a b")])
 def test_towers_of_any_name_are_saved_and_loaded(names: tuple[str, str], tmp_path: Path) -> None:
-    """If two towers have equal groups, the name of a group contains the tower. It must be a valid name of a module."""
+    """Towers are parts of a model with their own lists of blocks, such as a text encoder and an image encoder.
+
+    If two towers have equal groups, the names of groups contain the names of towers. They must be valid module names.
+    """
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -157,7 +160,7 @@ def test_towers_of_any_name_are_saved_and_loaded(names: tuple[str, str], tmp_pat
 
 def test_experts_that_a_method_cannot_adapt_are_named_with_every_keyword() -> None:
     """Users may regard experts as linear layers although they are parameters with many matrices."""
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=64, num_local_experts=4)
     for targets in ("all", "all-linear"):

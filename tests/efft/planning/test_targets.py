@@ -51,7 +51,7 @@ def test_endings_match_whole_components(tiny_vit: Make) -> None:
     with pytest.raises(ValueError, match="'kv' matches no linear layer"):
         names(tiny_vit(), targets=["kv"])
     model = tiny_vit(depth=12)
-    assert names(model, targets=["1.attn.qkv"]) == ["blocks.1.attn.qkv"], "not blocks.11"
+    assert names(model, targets=["1.attn.qkv"]) == ["blocks.1.attn.qkv"], "the ending must not match blocks.11"
 
 
 def test_exclude(tiny_vit: Make) -> None:
@@ -120,7 +120,7 @@ def test_exclude_that_matches_nothing_or_everything(tiny_vit: Make) -> None:
 def test_multihead_attention(where: str) -> None:
     """The output projection is a layer, and the packed input projection is a parameter."""
     if where == "torchvision":
-        models = pytest.importorskip("torchvision").models
+        models = pytest.importorskip("torchvision", reason="needs torchvision: pip install 'efft-kernels[vision]'").models
         model: nn.Module = models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=5)
     else:
         model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
@@ -132,7 +132,7 @@ def test_multihead_attention(where: str) -> None:
 
 
 def test_a_bare_parameter_of_another_size_than_activations_is_left_out() -> None:
-    """A state space model has decays next to a depthwise convolution whose kernel happens to be as wide."""
+    """``A_log`` holds the decays of a state space model. It multiplies no activations, so it must not be adapted."""
 
     class Mixer(nn.Module):
         def __init__(self) -> None:
@@ -164,11 +164,11 @@ def test_parametrized_layers_are_refused() -> None:
 def test_head_of_timm_models(tiny_vit: Make, tiny_swin: Make) -> None:
     assert find_head(tiny_vit(), None) == ["head"]
     assert find_head(tiny_swin(), None) == ["head.fc"]
-    assert find_head(tiny_vit(num_classes=0), None) == [], "an Identity has nothing to train"
+    assert find_head(tiny_vit(num_classes=0), None) == [], "an Identity has no parameters to train"
 
 
 def test_head_of_a_distilled_model() -> None:
-    models = pytest.importorskip("timm").models
+    models = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'").models
     model = models.deit.VisionTransformerDistilled(
         img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5
     )
@@ -184,7 +184,7 @@ def test_head_of_a_distilled_model() -> None:
 )
 @pytest.mark.parametrize("block", ["vit.encoder.layer.0", "swin.encoder.layers.0.blocks.0"])
 def test_names_before_transformers_5(block: str, attention: list[str], mlp: bool) -> None:
-    """The names are those of ViT, DeiT, BEiT, DINOv2 (with two classes of attention) and Swin in transformers 4."""
+    """The names are those that transformers 4 gave to the layers of ViT, DeiT, BEiT, DINOv2 and Swin."""
     roles = dict(zip([*attention, "attention.output.dense"], "qkvo", strict=True))
     fc1, fc2 = ("mlp.fc1", "mlp.fc2") if mlp else ("intermediate.dense", "output.dense")
     roles |= {fc1: "fc1", fc2: "fc2"}

@@ -1,4 +1,7 @@
-"""Test ``targets="all"`` on tiny random models of transformers."""
+"""Test ``targets="all"`` on tiny random models of transformers.
+
+The tests cover the adapted layers, training, saving, merging and compiling, and methods that need the number of heads.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from efft.methods import LoRTAConfig, MetaTT5DConfig, TensLoRAConfig
 from efft.methods.base import HeadedConfig
 from efft_kernels import EfftLinear
 
-transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
 
 Make = Callable[..., nn.Module]
 
@@ -102,7 +105,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, list[str], list[str]]] = {
 def make(name: str) -> nn.Module:
     kind, sizes = MODELS[name][:2]
     if not hasattr(transformers, kind):
-        pytest.skip(f"this transformers has no {kind}")
+        pytest.skip(f"this version of transformers has no class {kind}")
     model_class = getattr(transformers, kind)
     torch.manual_seed(0)
     model: nn.Module = model_class(model_class.config_class(**copy.deepcopy(sizes))).eval()
@@ -124,7 +127,7 @@ def run(name: str, model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_of(name: str, randomize: Make, tmp_path: Path) -> None:
-    """The first step changes nothing, every layer of every block is adapted, every factor gets a gradient."""
+    """A new adapter has no effect, every layer of every block is adapted, and every factor has a gradient."""
     _, _, block, endings, head = MODELS[name]
     model = make(name)
     with torch.no_grad():
@@ -136,7 +139,7 @@ def test_all_of(name: str, randomize: Make, tmp_path: Path) -> None:
     )
     assert model.efft.head == head
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # such as the warning about layers that did not run
+        warnings.simplefilter("error")  # for example, a warning about layers that did not run
         torch.testing.assert_close(run(name, model), base, rtol=1e-6, atol=1e-7)
 
     randomize(model)
@@ -166,7 +169,9 @@ def test_grouped_queries_use_the_first_columns(randomize: Make) -> None:
     model = randomize(efft.apply(make("llama_grouped"), efft.EfftConfig(rank=(2, 3))))
     mhsa, ffn = model.efft["mhsa"], model.efft["ffn"]
     assert (mhsa.C.shape, mhsa.V.shape) == ((2, 4, 2, 3), (3, 16))
-    assert (ffn.C.shape, ffn.V.shape) == ((2, 3, 2, 3), (3, 32)), "up, gate, down"
+    assert (ffn.C.shape, ffn.V.shape) == ((2, 3, 2, 3), (3, 32)), (
+        "each block must have three cores for up, gate and down"
+    )
     block = model.model.layers[1]
     with torch.no_grad():
         for core, (name, width) in enumerate({"q": 16, "k": 8, "v": 8, "o": 16}.items()):
@@ -206,7 +211,7 @@ def test_efft1_of_a_gated_model(randomize: Make) -> None:
 def test_the_number_of_heads_is_the_models(name: str, config: HeadedConfig, randomize: Make) -> None:
     model = make(name)
     heads = SWIN["num_heads"] if name == "swin" else [SIZES["num_attention_heads"]]
-    if name == "swin":  # MLPs have no number of heads, so that the stage's attention provides it
+    if name == "swin":  # the MLPs of a stage do not know its number of heads
         config = dataclasses.replace(config, targets="mhsa")
     efft.apply(model, config)
     modes = {"lorta": "C_h", "metatt_5d": "G4"}

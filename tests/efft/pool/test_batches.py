@@ -1,4 +1,9 @@
-"""Test a pool with one adapter per sample in models whose layers do not have the batch dimension first."""
+"""Test ``efft.AdapterPool`` with a different adapter for each sample of a batch.
+
+The pool must know which rows of a layer's input belong to which sample. It finds this out by ``find_layouts`` in the
+first call of the model. The tests cover models with different orders of rows, models that mix samples, text generation,
+and calls of :func:`find_layouts`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,10 @@ SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "
 
 
 class Rows(nn.Module):
-    """Apply one linear layer to rows in a given order; input and output are [batch, sequence, 8]."""
+    """Apply one linear layer to an input [batch, sequence, 8], whose rows of 8 numbers are first put in another order.
+
+    With the order "mixed", the layer reads sums over samples.
+    """
 
     def __init__(self, order: str) -> None:
         super().__init__()
@@ -47,7 +55,7 @@ ORDERS = ["batch first", "windows", "rows", "sequence first", "sequence first, r
 
 
 def pooled(base: Callable[[], nn.Module], randomize: Make, config: efft.EfftConfig) -> tuple[Any, dict[Any, nn.Module]]:
-    """Return a pool of two adapters, and a model for each adapter and for none."""
+    """Return a pool with the adapters a and b, and a dict with the models of a and b and, under None, the base."""
     models: dict[Any, nn.Module] = {
         name: randomize(efft.apply(base(), config), 0.5, seed).eval() for seed, name in enumerate("ab")
     }
@@ -89,7 +97,7 @@ def test_a_layer_that_mixes_samples_is_refused(randomize: Make) -> None:
 
 @pytest.mark.parametrize("order", ["batch first", "sequence first"])
 def test_parts_called_alone(order: str, randomize: Make) -> None:
-    """Before the first call of the whole model, the position of the batch dimension in this input is not known."""
+    """``forward`` can be called directly only after a call of the model, which finds the position of the batch."""
     pool, alone = pooled(seeded(lambda: Rows(order)), randomize, efft.EfftConfig(targets=["linear"], rank=2, head=[]))
     x = torch.randn(3, 3, 8)
     with torch.no_grad(), pool.use(["a", "b", None]):
@@ -101,12 +109,12 @@ def test_parts_called_alone(order: str, randomize: Make) -> None:
 
 
 def language_model() -> nn.Module:
-    transformers = pytest.importorskip("transformers", reason="needs the hf extra")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))  # type: ignore[no-any-return]
 
 
 def test_generating_text(randomize: Make) -> None:
-    """The cases are several numbers of tokens, a padded batch, and a cache that grows in every call."""
+    """Generation calls the model with different numbers of tokens, with padding, and with a growing cache."""
     pool, alone = pooled(seeded(language_model), randomize, efft.EfftConfig(rank=2))
     ids = torch.randint(1, 32, (3, 5), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -135,7 +143,7 @@ def test_finding_the_order_changes_nothing(tiny_vit: Make, images: Tensor) -> No
         ((torch.zeros(3, 2, dtype=torch.bool),), nullcontext()),
         ((torch.zeros(3, 2, dtype=torch.long),), nullcontext()),
         (("no tensor",), nullcontext()),
-        ((torch.randn(3, 4, 5),), nullcontext()),  # with a wrong width: the model itself raises the error
+        ((torch.randn(3, 4, 5),), nullcontext()),  # the width is wrong, and find_layouts ignores the error of the model
     ],
     ids=["masks", "all the same", "other things", "what does not fit"],
 )

@@ -1,4 +1,8 @@
-"""Test fixed batches: graphs that were captured before an adapter was added are replayed with that adapter."""
+"""Test fixed batches of ``efft.AdapterPool``, which allow CUDA graphs to use different adapters in each replay.
+
+A graph that is captured with a fixed batch reads the numbers of the adapters from a tensor. A replay can therefore use
+adapters that were added after the capture.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +55,7 @@ def test_adapters_that_are_added_after_the_capture_are_seen(
         other = images.flip(0)
         torch.testing.assert_close(replay(other), alone(models, names, other), **CLOSE)
     pool.remove("a")
-    pool.add("new", models["b"])  # in the slot of a
+    pool.add("new", models["b"])  # uses the memory of the removed adapter
     batch.select(["new", None, "c"])
     torch.testing.assert_close(replay(images), alone(models, ["b", None, "c"], images), **CLOSE)
 
@@ -118,7 +122,7 @@ def test_wrong_batches(pool: efft.AdapterPool, adapter: Make) -> None:
 
 
 def test_numbers_go_to_a_gpu_without_a_wait(monkeypatch: pytest.MonkeyPatch, pool: efft.AdapterPool) -> None:
-    """A copy from pinned memory that does not block is the only transfer of :meth:`AdapterPool.use`."""
+    """The only transfer in :meth:`AdapterPool.use` is a copy from pinned memory that does not block."""
     calls: list[str] = []
 
     def pin(tensor: Tensor) -> Tensor:
@@ -139,7 +143,7 @@ def test_numbers_go_to_a_gpu_without_a_wait(monkeypatch: pytest.MonkeyPatch, poo
 def test_a_selection_makes_no_other_copies(
     monkeypatch: pytest.MonkeyPatch, pool: efft.AdapterPool, adapter: Make, images: Tensor, adapters: Any
 ) -> None:
-    """Everything that a selection creates comes from ``to_device``; the layers create nothing from numbers."""
+    """Only ``to_device`` may create tensors for a selection. The layers must not create tensors from Python numbers."""
     for seed, name in enumerate("ab"):
         pool.add(name, adapter(seed))
     with pool.use(adapters) as model:

@@ -1,4 +1,7 @@
-"""Test a pool of adapters on one model: each result is independent of the other adapters in the pool."""
+"""Test ``efft.AdapterPool``, which holds several adapters of one model and uses one or more of them in each pass.
+
+The result for an adapter must not depend on the other adapters in the pool.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def test_each_adapter_as_alone_and_in_one_batch(
     for names in (["efft1", None, "lora"], ["attention only", "vera", "efft2"], ["fact_tk", "fact_tk", "rectangular"]):
         got = under(pool, names, images)
         torch.testing.assert_close(got, torch.stack([expected[n][i] for i, n in enumerate(names)]), **CLOSE)
-    assert torch.equal(alone(pool.model, images), base), "outside of use it is the base"
+    assert torch.equal(alone(pool.model, images), base), "outside of pool.use, the model must compute the base"
 
 
 def test_windows_and_stages(tiny_swin: Make, randomize: Make) -> None:
@@ -170,7 +173,8 @@ def test_an_adapter_that_is_replaced_while_it_is_loaded(
 def test_memory_by_formula(pool: efft.AdapterPool, adapter: Adapter, tiny_vit: Make) -> None:
     d, blocks, r, classes = 16, 2, 4, 5
     pool.add("a", adapter(1))
-    shared = d * r + d * r + 4 * d * r  # U of attention, U and Vᵀ of the MLP
+    # The update of a layer is D G, with D [inputs, r] and G [r, outputs]. Layers of EFFT share D.
+    shared = d * r + d * r + 4 * d * r  # D: U of attention, U and Vᵀ of the MLP
     own = blocks * r * (3 * d + d + 4 * d + d)  # G of qkv, o, fc1, fc2
     head = classes * d + classes
     assert pool.bytes_per_adapter == 4 * (shared + own + head)
@@ -180,7 +184,7 @@ def test_memory_by_formula(pool: efft.AdapterPool, adapter: Adapter, tiny_vit: M
     assert pool.bytes_per_adapter == 4 * ((shared + own) * 6 // 4 + head)
     lora = efft.AdapterPool(tiny_vit().bfloat16())
     lora.add("a", adapter(1, methods.LoRAConfig(rank=r, head=[]), torch.bfloat16))
-    assert lora.bytes_per_adapter == 2 * (own + blocks * r * (d + d + d + 4 * d)), "a D for every layer"
+    assert lora.bytes_per_adapter == 2 * (own + blocks * r * (d + d + d + 4 * d)), "each layer of LoRA has its own D"
 
 
 def test_others_stay_bit_equal(tiny_vit: Make, adapter: Adapter, images: Tensor) -> None:
@@ -195,12 +199,12 @@ def test_others_stay_bit_equal(tiny_vit: Make, adapter: Adapter, images: Tensor)
     for i in (3, 0, 6):
         pool.remove(f"more{i}")
     wanted = adapter(3, efft.EfftConfig(rank=2))
-    pool.add("again", wanted)  # in the place of a larger adapter
+    pool.add("again", wanted)  # uses the memory of a larger adapter
     torch.testing.assert_close(under(pool, "again", images), alone(wanted, images), **CLOSE)
     assert torch.equal(under(pool, "a", images), expected[0])
     assert pool.names == ["a", "b", "more1", "more2", "more4", "more5", "again"]
     wide = adapter(4, methods.LoRAConfig(rank=7))
-    pool.add("wide", wide)  # has a higher rank and shares no D, so that only rounding may differ from now on
+    pool.add("wide", wide)  # has a higher rank and does not share D, so results may differ by rounding from now on
     torch.testing.assert_close(under(pool, "wide", images), alone(wide, images), **CLOSE)
     torch.testing.assert_close(under(pool, "a", images), expected[0], **CLOSE)
 
@@ -234,7 +238,8 @@ def test_coming_and_going_does_not_recompile(pool: efft.AdapterPool, adapter: Ad
     check(4, "no room", ["no room", "a", "other"])
     for i in range(9):
         pool.add(f"even more{i}", adapter(40 + i))
-    check(4, "even more8", ["even more8", "a", "other"])  # torch.compile treats sizes as symbols by now
+    # torch.compile now treats sizes as symbols, so it compiles nothing new.
+    check(4, "even more8", ["even more8", "a", "other"])
 
 
 def test_threads_use_adapters_of_their_own(pool: efft.AdapterPool, adapter: Adapter, images: Tensor) -> None:
@@ -256,7 +261,7 @@ def test_threads_use_adapters_of_their_own(pool: efft.AdapterPool, adapter: Adap
     for thread in threads:
         thread.start()
     together.wait()
-    for i in range(10):  # more adapters than fit, twice
+    for i in range(10):  # the pool must grow twice
         pool.add(f"more{i}", adapter(10 + i))
     for thread in threads:
         thread.join()
@@ -302,11 +307,11 @@ def test_wrong_calls(pool: efft.AdapterPool, adapter: Adapter, tiny_vit: Make, i
         pool.add("behind", adapter(1, methods.LoRETTAAdpConfig()))
     seven = tiny_vit()
     seven.head = nn.Linear(16, 7)
-    with pytest.raises(ValueError, match=r"expected head to be Linear\(.*out_features=5, .*out_features=7"):
+    with pytest.raises(ValueError, match=r"expected 'head' to be Linear\(.*out_features=5, .*out_features=7"):
         pool.add("seven", efft.apply(seven))
-    with pytest.raises(ValueError, match="head belongs to the head of one adapter and is updated by another"):
+    with pytest.raises(ValueError, match="'head' belongs to the head of one adapter and is updated by another"):
         pool.add("head", efft.apply(tiny_vit(), efft.EfftConfig(targets=["head"], head=[])))
-    with pytest.raises(ValueError, match=r"expected a head of nn.Linear layers, got norm: LayerNorm"):
+    with pytest.raises(ValueError, match=r"expected a head of nn.Linear layers, got 'norm': LayerNorm"):
         pool.add("norm", efft.apply(tiny_vit(), efft.EfftConfig(head=["norm", "head"])))
     with pytest.raises(ValueError, match=r"the model has no blocks\.2"):
         pool.add("deeper", efft.apply(tiny_vit(depth=3)))

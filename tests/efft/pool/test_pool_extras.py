@@ -1,4 +1,4 @@
-"""Test pooled adapters with trained biases and norms, which can serve a complete batch but not some of its samples."""
+"""Test pools of adapters with trained biases and norms, which can serve a complete batch but not single samples."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_each_adapter_as_alone(
             torch.testing.assert_close(pool.model(images), model(images), rtol=1e-5, atol=1e-5)
     assert torch.equal(pool.model(images), base)
     pool.remove("all")
-    pool.add("again", adapter(4))  # it gets the slot of the adapter with biases
+    pool.add("again", adapter(4))  # uses the memory of the adapter with biases
     with pool.use("again"):
         torch.testing.assert_close(pool.model(images), adapter(4)(images), rtol=1e-5, atol=1e-5)
     with pool.use(["again", "plain", None]):
@@ -168,5 +168,5 @@ def test_detach_gives_the_model_back(
 
 def test_layers_that_come_later_are_refused(pool: efft.AdapterPool, trained: Make, adapter: Make) -> None:
     pool.add("a", trained(1, targets="mhsa"))
-    with pytest.raises(ValueError, match="an earlier one has a bias for it without an update"):
+    with pytest.raises(ValueError, match="of which an earlier adapter only trained the bias"):
         pool.add("b", adapter(2))

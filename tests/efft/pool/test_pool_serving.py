@@ -1,4 +1,8 @@
-"""Test a pool in use: every backend, a quantized base, changes while threads use the pool, and mixes of adapters."""
+"""Test the use of ``efft.AdapterPool``, which holds several adapters of one model.
+
+The tests cover every backend, a quantized base, changes of the pool while threads use it, and mixes, which are weighted
+sums of adapters.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ def under(pool: efft.AdapterPool, adapters: Any, images: Tensor) -> Tensor:
 def test_every_layer_on_every_backend(
     backend: Backend, dtype: torch.dtype, tiny_vit: Make, adapter: Make, images: Tensor
 ) -> None:
-    """One adapter, one adapter per sample, and a mix are as accurate as a model with one adapter."""
+    """A single adapter, one adapter per sample, and a mix must be as accurate as a model outside of the pool."""
     if (reason := can_run(backend, torch.empty(1, dtype=dtype))) is not None:
         pytest.skip(reason)
     pool, x = efft.AdapterPool(tiny_vit().to(dtype).eval()), images.to(dtype)
@@ -48,7 +52,9 @@ def test_every_layer_on_every_backend(
         with use_backend(Backend.EAGER):
             plain[name] = logits(model, x)
             exact[name] = logits(model.double(), x.double())
-    assert sum(isinstance(module, PooledDelta) for module in pool.model.modules()) == 2 * 4, "of both blocks"
+    assert sum(isinstance(module, PooledDelta) for module in pool.model.modules()) == 2 * 4, (
+        "the four layers of both blocks must be in the pool"
+    )
     with use_backend(backend):
         for name in "ab":
             assert_close_budget(under(pool, name, x), exact[name], plain[name])
@@ -134,19 +140,21 @@ def test_coming_and_going_beside_a_serving_thread(
                 torch.testing.assert_close(got, want, **CLOSE, msg=f"round {round_}, adapter {i}")
             for i in range(len(newcomers)):
                 pool.remove(f"new{i}")
-        assert passes > before, "it served meanwhile"
+        assert passes > before, "the other thread must have run in the meantime"
     finally:
         done.set()
         thread.join(120)
     assert not wrong
-    assert len(compiled_graphs) == len(choices), "one graph for one adapter, one for an adapter a sample"
+    assert len(compiled_graphs) == len(choices), (
+        "torch.compile must create one graph for a single adapter, and one for an adapter per sample"
+    )
 
 
 # --- mixes of adapters ------------------------------------------------------------------------------------------------
 
 
 def test_a_mix_is_exactly_the_weighted_sum(tiny_vit: Make, adapter: Make, images: Tensor) -> None:
-    """The test checks a mix in fp64: by itself, in a batch, in a mix of mixes, and after removal of its parts."""
+    """The test checks mixes in fp64: alone, in a batch, in a mix of mixes, and after the mixed adapters are removed."""
     x = images.double()
     base = tiny_vit().double().eval()
     configs = {"a": efft.EfftConfig(rank=4), "b": methods.LoRAConfig(rank=3), "c": efft.EfftConfig(rank=2, head=[])}
@@ -180,14 +188,16 @@ def test_a_mix_is_exactly_the_weighted_sum(tiny_vit: Make, adapter: Make, images
 
 
 def test_a_mix_takes_the_memory_of_its_rank(pool: efft.AdapterPool, adapter: Make) -> None:
-    """Layers continue to share D, and the zeros that pad lower ranks are not stored."""
+    """The update of a layer is D G. Layers must still share D, and zeros that pad lower ranks must not be stored."""
     for name, rank in (("a", 4), ("b", 2)):
         pool.add(name, adapter(1, efft.EfftConfig(rank=rank, head=[])))
     four = pool.bytes_per_adapter
     pool.add_mix("blend", {"a": 0.5, "b": 0.5})
     assert pool.bytes_per_adapter * 4 == four * 6
     layers = [module for module in pool.model.modules() if isinstance(module, PooledLinear)]
-    assert len({id(layer.stacks[0]) for layer in layers}) == 3, "U of attention, U and Vᵀ of the MLP"
+    assert len({id(layer.stacks[0]) for layer in layers}) == 3, (
+        "the shared D must be U of attention, U of the MLP, and Vᵀ of the MLP"
+    )
 
 
 def test_mixes_that_cannot_be(pool: efft.AdapterPool, adapter: Make) -> None:

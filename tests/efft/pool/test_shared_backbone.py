@@ -83,7 +83,7 @@ def train_together(models: dict[str, nn.Module], dtype: torch.dtype, sizes: Call
         torch.stack([F.cross_entropy(outputs[name], labels) for name, (_, labels) in batches.items()]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert torch.equal(torch.get_rng_state(), before), "the common stream is left alone"
+    assert torch.equal(torch.get_rng_state(), before), "training must not draw from torch's common generator"
     return shared
 
 
@@ -96,7 +96,7 @@ def always_four(name: str, step: int) -> int:
 
 
 def uneven(name: str, step: int) -> int:
-    """The batches have different sizes, and some models skip some steps."""
+    """Return a batch size that depends on the model and the step. With size 0, the model skips the step."""
     return {"a": 4, "b": 1 + step, "c": 0 if step % 2 else 3}[name]
 
 
@@ -151,7 +151,7 @@ def test_each_model_ends_as_alone_in_fp32(backend: Backend, dropout: float, memb
         )
         assert_close_budget(mine, exact, alone, name=name)
         equal += torch.equal(mine, alone)
-    print(f"{backend.value}: {equal} of 3 models are equal to the bit")
+    print(f"{backend.value}: {equal} of 3 models are exactly equal")
 
 
 def test_windows_and_stages(tiny_swin: Make, randomize: Make) -> None:
@@ -215,7 +215,7 @@ def test_removing_a_model_restores_its_base(member: Make, images: Tensor, tiny_v
 
 
 def test_keyword_arguments_and_structured_outputs() -> None:
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3
     )
@@ -240,7 +240,7 @@ def test_keyword_arguments_and_structured_outputs() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu(member: Make, images: Tensor) -> None:
-    """Masks and gradients are those of each model alone, and a pass in evaluation mode does not wait for the GPU."""
+    """Dropout masks and gradients equal those of each model alone. A pass in eval mode must not wait for the GPU."""
     config, x = efft.EfftConfig(rank=4, dropout=0.2, bias="adapted"), images.cuda()
     alone = {name: member(name, config).cuda() for name in "ab"}
     shared = efft.SharedBackbone({name: member(name, config).cuda() for name in "ab"}, seeds={"a": 3, "b": 4})
@@ -283,13 +283,13 @@ def test_models_that_do_not_fit_together(member: Make, tiny_vit: Make) -> None:
     other = member("b")
     with torch.no_grad():
         other.blocks[1].attn.qkv.weight[3, 4] += 1
-    refused({"a": member("a"), "b": other}, r"blocks\.1\.attn\.qkv\.weight differs from the first model's")
+    refused({"a": member("a"), "b": other}, r"blocks\.1\.attn\.qkv\.weight' differs from the first model's")
     merged = member("a")
     efft.merge(merged)
     refused({"a": merged}, "its update is merged or switched off")
     stray = member("a")
     stray.cls_token.requires_grad_(True)
-    refused({"a": stray}, "cls_token is trained beside factors, head, biases and norms")
+    refused({"a": stray}, "'cls_token' is trained in addition to factors, head, biases and norms")
 
 
 def test_other_kinds_of_weights_are_refused() -> None:
@@ -321,7 +321,7 @@ def test_batches_that_do_not_fit(member: Make, images: Tensor) -> None:
 def test_random_numbers_of_the_backbone_are_refused_with_seeds(tiny_vit: Make, images: Tensor) -> None:
     models = {name: efft.apply(tiny_vit(drop_path_rate=0.5), efft.EfftConfig(rank=4)) for name in "ab"}
     shared = efft.SharedBackbone(copy.deepcopy(models), seeds={"a": 1, "b": 2})
-    with pytest.raises(RuntimeError, match=r"a frozen module, probably blocks\.1\.drop_path1, draws random numbers"):
+    with pytest.raises(RuntimeError, match=r"a frozen module, probably 'blocks\.1\.drop_path1', draws random numbers"):
         shared({"a": images, "b": images})
     shared.eval()
     shared({"a": images, "b": images})
@@ -335,7 +335,7 @@ def test_statistics_of_all_models_are_refused(images: Tensor) -> None:
         return efft.apply(nn.Sequential(*layers), efft.EfftConfig(rank=2, targets=["1", "3"], head=["4"])).train()
 
     shared = efft.SharedBackbone({"a": make(), "b": make()})
-    with pytest.raises(ValueError, match="2 updates its buffers in training, with the samples of all models"):
+    with pytest.raises(ValueError, match="2' updates its buffers in training, with the samples of all models"):
         shared({"a": images, "b": images})
     shared.eval()({"a": images, "b": images})
 

@@ -1,4 +1,7 @@
-"""Test the faults in the table of docs/faults.md case by case: the error, and that it leaves the model unchanged."""
+"""Test the faults in the table of docs/faults.md one by one.
+
+Each test checks that the table states what happens, such as an error, and whether models and files have changed.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ GB = 2**30
 
 @pytest.fixture
 def case(show: Callable[..., None]) -> Case:
-    """Return a function that records a row of the table. The page must have it; "…" there stands for any text."""
+    """Return a function that records one row of the table, which docs/faults.md must contain.
+
+    In the page, "…" stands for any text.
+    """
 
     def note(name: str, happened: str, earlier: str = "unchanged") -> None:
         show("What went wrong on purpose", name, "what was there", earlier)
@@ -54,7 +60,7 @@ def case(show: Callable[..., None]) -> Case:
 
 @pytest.fixture
 def refused(case: Case, tmp_path: Path) -> Refused:
-    """Return a context that expects an error, quickly and with little memory, and records its text for the table."""
+    """Return a context that expects an error within limits of time and memory, and records its text for the table."""
 
     @contextmanager
     def check(name: str, kind: type[Exception] = ValueError) -> Iterator[None]:
@@ -79,7 +85,7 @@ def offered(refused: Refused, tiny_vit: Make, unchanged: Unchanged) -> Callable[
 
 
 class Code:
-    """Run a program when a pickle of this object is loaded."""
+    """Create the file ``marker`` when a pickle of this object is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -118,17 +124,17 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "head named like a path": lambda folder: edit_config(folder, lambda d: d.update(head=["../../x"])),
     "hash that is a path": lambda folder: edit_config(folder, lambda d: d.update(weights={"sha256": "../x"})),
     "rank of 10³⁰": lambda folder: edit_config(folder, lambda d: d["config"].update(rank=10**30)),
-    "patterns without end": lambda folder: edit_config(
+    "patterns of unlimited length": lambda folder: edit_config(
         folder, lambda d: d["config"].update(exclude=["(.*)*"] * 200_000)
     ),
-    "scale that is no number": lambda folder: edit_config(folder, lambda d: d["config"].update(scale=float("nan"))),
+    "scale that is not a number": lambda folder: edit_config(folder, lambda d: d["config"].update(scale=float("nan"))),
 }
 
 
 def test_patterns_of_a_file_are_never_matched(
     saved: tuple[nn.Module, Path], tiny_vit: Callable[..., nn.Module]
 ) -> None:
-    """Python's ``re`` would take forever to match this pattern; the plan in the file contains the layer names."""
+    """Python's ``re`` would take forever to match this pattern. Loading must use the names in the file instead."""
     model, folder = saved
     edit_config(folder, lambda d: d["config"].update(targets=["(((((.+)+)+)+)+)+!"]))
     with at_most(20):
@@ -148,14 +154,14 @@ def test_a_header_that_promises_more_than_there_is(
 ) -> None:
     header = json.dumps({"efft.ffn.U": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}})
     write_weights(saved[1], len(header).to_bytes(8, "little") + header.encode())
-    offered("factor of 10⁶ × 10⁶ entries in the header alone", saved[1])
+    offered("header that claims a factor of 10⁶ × 10⁶ entries", saved[1])
 
 
 def test_a_pickle_in_place_of_the_weights(
     saved: tuple[nn.Module, Path], offered: Callable[[str, Path], None], tmp_path: Path
 ) -> None:
     write_weights(saved[1], pickle.dumps(Code(tmp_path / "ran")))
-    offered("pickle in place of the weights", saved[1])
+    offered("pickle instead of the weights", saved[1])
     assert not (tmp_path / "ran").exists()
 
 
@@ -211,7 +217,7 @@ def test_read_only_folder(saved: tuple[nn.Module, Path], case: Case) -> None:
 
 
 def killing(calls: int) -> Callable[..., None]:
-    """Return an os.replace that ends the process after this number of calls."""
+    """Return a replacement for ``os.replace`` that kills the process after this number of calls."""
     replace, left = os.replace, iter(range(calls))
 
     def replace_or_kill(source: Any, target: Any) -> None:
@@ -225,7 +231,7 @@ def killing(calls: int) -> Callable[..., None]:
 def test_killed_while_saving(
     saved: tuple[nn.Module, Path], randomize: Make, tiny_vit: Make, images: Tensor, case: Case
 ) -> None:
-    """This test covers some moments; tests/efft/saving/test_files.py ends a save at every line."""
+    """This test kills a save at a few points. tests/efft/saving/test_files.py kills it at every line."""
     model, folder = saved
     old = model(images)
     randomize(model, seed=9)
@@ -241,7 +247,7 @@ def test_killed_while_saving(
         assert torch.equal(loaded, old) or torch.equal(loaded, model(images))
         seen.add(torch.equal(loaded, old))
     assert seen == {True, False}
-    case("process killed while an adapter is saved", "the earlier adapter loads or the new one", "whole")
+    case("process killed while an adapter is saved", "either the earlier or the new adapter loads", "undamaged")
 
 
 def test_two_processes_save_into_one_folder(tmp_path: Path, case: Case) -> None:
@@ -266,14 +272,14 @@ def test_backbones_with_code_in_them(tiny_vit: Make, refused: Refused, unchanged
 
     model, path = tiny_vit(num_classes=0), tmp_path / "backbone.pth"
     torch.save({"model": Code(tmp_path / "ran")}, path)
-    with unchanged(model), refused("backbone's .pth file with code in it"):
+    with unchanged(model), refused("backbone's .pth file that contains code"):
         load_backbone(model, path)
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["training checkpoint cut off", "training checkpoint with code in it"])
+@pytest.mark.parametrize("name", ["training checkpoint cut off", "training checkpoint that contains code"])
 def test_training_checkpoints(name: str, refused: Refused, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="needs the train extra")
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'efft-kernels[train]'")
     from efft_lab.train.folder import CheckpointError, load_checkpoint, save_checkpoint
 
     path = tmp_path / "checkpoint.pt"
@@ -288,7 +294,7 @@ def test_training_checkpoints(name: str, refused: Refused, tmp_path: Path) -> No
 
 
 def test_suites_without_end(refused: Refused, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="needs the train extra")
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'efft-kernels[train]'")
     from efft_lab.compare import suite
 
     sparse(tmp_path / "suite.json", GB)
@@ -328,7 +334,7 @@ def test_threads_that_call_one_model(adapted_vit: Make, case: Case) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    case("eight threads call one model", "each gets what it would get alone, bit for bit", "-")
+    case("eight threads call one model", "each thread gets exactly the output that it would get alone", "-")
 
 
 def trained(model: nn.Module, loader: Any) -> list[Tensor]:
@@ -352,10 +358,11 @@ def test_data_loaders_whose_workers_are_started_while_a_model_trains(start: str,
     context = multiprocessing.get_context(start)
     loader = torch.utils.data.DataLoader(DATA, batch_size=4, num_workers=2, multiprocessing_context=context)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn about fork in a process with threads
+        # Newer versions of Python warn about fork in a process with threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
         found = trained(adapted_vit(dropout=0.0).train(), loader)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    case(f"data loader with workers started by {start}", "the same training as without workers, bit for bit", "-")
+    case(f"data loader with workers started by {start}", "exactly the same training as without workers", "-")
 
 
 def test_a_run_that_is_repeated(adapted_vit: Make, case: Case) -> None:
@@ -369,6 +376,4 @@ def test_a_run_that_is_repeated(adapted_vit: Make, case: Case) -> None:
         finally:
             torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    case(
-        "the same training twice, with `torch.use_deterministic_algorithms(True)`", "the same factors, bit for bit", "-"
-    )
+    case("two runs of one training, with `torch.use_deterministic_algorithms(True)`", "exactly the same factors", "-")

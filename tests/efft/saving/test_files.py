@@ -1,4 +1,7 @@
-"""Test that killed processes, full disks and concurrent writers leave the complete old or the complete new content."""
+"""Test that files are complete after a killed process, on a full disk, and with several writers.
+
+The files hold either the complete old content or the complete new content. Damaged weights are found by their hash.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ Make = Callable[..., nn.Module]
 
 
 def adapter(letter: str) -> tuple[bytes, dict[str, Any], str]:
-    """Return arguments of write_adapter that are all marked with a letter."""
+    """Return arguments of write_adapter that contain a letter, which tells apart the adapters of a test."""
     return letter.encode() * 5000, {"info": {"letter": letter}}, f"card of {letter}"
 
 
@@ -42,7 +45,7 @@ def loaded(folder: Path) -> str:
 
 
 def forked(action: Callable[[], object]) -> int:
-    """Run ``action`` in another process and return its exit code: 0, 1 if it failed, or minus a signal."""
+    """Run ``action`` in another process and return 0, 1 if it failed, or the negative number of the signal."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -55,7 +58,7 @@ def forked(action: Callable[[], object]) -> int:
 
 
 def killed_at(line: int, action: Callable[[], object]) -> bool:
-    """Run ``action`` in a process that is killed after ``line`` lines of ``files.py``; return whether it was.
+    """Run ``action`` in a process that is killed after ``line`` lines of ``files.py``; return whether it was killed.
 
     If the process ends earlier, it must end without an error.
     """
@@ -112,7 +115,7 @@ def test_killed_at_any_line_a_save_leaves_the_old_adapter_or_the_new(earlier: bo
         except FileNotFoundError:
             assert not earlier
             found.append("")
-        write_adapter(folder, *adapter("c"))  # remains of the killed save do no harm and are removed
+        write_adapter(folder, *adapter("c"))  # this save must remove the files that the killed save left behind
         assert loaded(folder) == "c"
         assert names(folder) == sorted([CARD, CONFIG, WEIGHTS])
         if not killed:
@@ -124,7 +127,7 @@ def test_killed_at_any_line_a_save_leaves_the_old_adapter_or_the_new(earlier: bo
 
 
 def test_saves_that_are_killed_one_after_the_other(tmp_path: Path) -> None:
-    """The saves are killed at various lines, so that each save finds the remains of the previous ones."""
+    """The saves are killed at various lines. Each save must cope with the files that the previous saves left behind."""
     write_adapter(tmp_path, *adapter("a"))
     seen = {"a"}
     for i in range(150):
@@ -212,7 +215,7 @@ def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 
 def test_two_processes_that_save_into_one_folder(locks: bool, tmp_path: Path) -> None:
-    """A concurrent reader sees one complete adapter; without locks it may get an error instead."""
+    """A reader at the same time must see one complete adapter. Without locks, it may get an error instead."""
     write_adapter(tmp_path, *adapter("a"))
 
     def writer(letter: str) -> int:
@@ -248,7 +251,7 @@ def test_two_processes_that_save_into_one_folder(locks: bool, tmp_path: Path) ->
 
 
 def test_a_lock_ends_with_the_save_even_if_a_process_was_forked_meanwhile(tmp_path: Path) -> None:
-    """Workers of a data loader are long-lived and inherit all open files, including the lock."""
+    """Forked workers of a data loader inherit all open files, including the lock, and run for a long time."""
     with files.replacing(tmp_path / "file") as file:
         file.write(b"x")
         child = os.fork()

@@ -1,4 +1,8 @@
-"""Test the check that an adapter is loaded onto the base of its training, even in another dtype."""
+"""Test the check that an adapter is loaded onto the base of its training.
+
+A fingerprint in the adapter's file identifies the base weights. If the base has another dtype, the fingerprint differs.
+Then a sketch, which consists of two numbers per weight, is compared up to rounding errors.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,9 @@ def other_base(tiny_vit: Make) -> nn.Module:
 def test_another_dtype(trained: torch.dtype, loaded: torch.dtype, tiny_vit: Make, tmp_path: Path) -> None:
     efft.save_adapter(efft.apply(tiny_vit().to(trained), efft.EfftConfig(rank=4)), tmp_path)
     efft.load_adapter(tiny_vit().to(trained).to(loaded), tmp_path)
-    reason = "fingerprints differ" if trained == loaded else r"2 layers, blocks\.0\.mlp\.fc1 first, differ by more than"
+    reason = (
+        "fingerprints differ" if trained == loaded else r"2 layers, 'blocks\.0\.mlp\.fc1' first, differ by more than"
+    )
     with pytest.raises(ValueError, match=rf"the base weights are not those it was trained on \({reason}"):
         efft.load_adapter(other_base(tiny_vit).to(loaded), tmp_path)
 

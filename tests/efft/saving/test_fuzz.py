@@ -1,4 +1,7 @@
-"""Test that randomly changed adapter files load, or raise ValueError or FileNotFoundError and change nothing."""
+"""Test randomly changed files: adapters, configurations, LoRA checkpoints and backbones.
+
+A changed file must either load, or raise ValueError or FileNotFoundError without changing the model.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +112,7 @@ def test_values_in_the_configuration(
 @fuzz
 @given(data=st.data(), method=st.sampled_from(list(METHODS)))
 def test_configurations_of_methods(data: st.DataObject, method: str, tiny_vit: Make, unchanged: Unchanged) -> None:
-    """Valid but huge values must not exhaust the memory either."""
+    """Huge values must not exhaust the memory, even if they are valid."""
     values: Any = data.draw(altered(METHODS[method]().to_dict()))
     model = tiny_vit()
     with unchanged(model), at_most(150), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Test loading adapters from the hub and uploading them; a folder replaces the hub, and no test opens a connection."""
+"""Test loading adapters from the Hugging Face hub and uploading them. A local folder replaces the hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import efft
 
-hub = pytest.importorskip("huggingface_hub", reason="needs the hf extra")
+hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub: pip install 'efft-kernels[hf]'")
 
 Make = Callable[..., nn.Module]
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]

@@ -1,4 +1,7 @@
-"""Test that adapter files are small, load exactly in a new process, and stay complete if a later save fails."""
+"""Test adapter files: their contents and size, round trips, files of newer versions, and overwriting.
+
+A loaded adapter computes exactly the logits of the saved model.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def test_files_and_their_contents(saved: tuple[nn.Module, Path]) -> None:
     assert sorted(p.name for p in folder.iterdir()) == [CARD, CONFIG, WEIGHTS]
     tensors = load_file(folder / WEIGHTS)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert tensors.keys() == trained.keys(), "each factor once, the head, nothing of the base"
+    assert tensors.keys() == trained.keys(), "the file must hold each factor and the head once, and nothing of the base"
     assert all(torch.equal(tensors[n], p) for n, p in trained.items())
     with safe_open(folder / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format_version": "1"}
@@ -55,13 +58,18 @@ def test_info_is_kept_and_shown(adapted_vit: Make, tmp_path: Path) -> None:
     card = (folder / CARD).read_text()
     assert "- top-1: 0.931\n- data: digits\n" in card
     assert "# EFFT adapter for VisionTransformer" in card
-    assert "rank 4, scale\n1.0, targets all, cores per_layer; 8 layers adapted" in card
+    assert "rank 4, scale 1.0, targets all, cores per_layer; 8 layers adapted" in card
     assert "all factors            640" in card
     assert card.startswith("---\nlibrary_name: efft-kernels\n")
 
 
+def test_the_settings_of_a_card_are_one_line() -> None:
+    for config in (efft.EfftConfig.auto(), efft.EfftConfig(scale={"mhsa": 1.0, "ffn": 2.0}, layer_scale="both")):
+        assert "\n" not in config.summary()
+
+
 def test_card_has_the_metadata_of_the_hub(adapted_vit: Make, tmp_path: Path) -> None:
-    yaml = pytest.importorskip("yaml", reason="needs the hf extra")
+    yaml = pytest.importorskip("yaml", reason="needs pyyaml: pip install 'efft-kernels[hf]'")
 
     def metadata(model: nn.Module, **info: Any) -> Any:
         folder = efft.save_adapter(model, tmp_path / "card", info)
@@ -70,7 +78,7 @@ def test_card_has_the_metadata_of_the_hub(adapted_vit: Make, tmp_path: Path) -> 
     common = {"library_name": "efft-kernels", "tags": ["efft", "tensor-train", "parameter-efficient-fine-tuning"]}
     model = adapted_vit()
     model.pretrained_cfg = {}
-    assert metadata(model) == common, "what is not known is left out"
+    assert metadata(model) == common, "the card must leave out unknown facts"
     facts = {"base_model": "timm/a: b", "license": "apache-2.0", "dataset": "beans", "metrics": {"accuracy": 0.9}}
     assert metadata(model, **facts) == common | {
         "base_model": "timm/a: b",
@@ -78,16 +86,18 @@ def test_card_has_the_metadata_of_the_hub(adapted_vit: Make, tmp_path: Path) -> 
         "datasets": ["beans"],
         "metrics": ["accuracy"],
     }
-    assert metadata(model, license=3, datasets=["yes", 1]) == common, "not what the hub reads"
+    assert metadata(model, license=3, datasets=["yes", 1]) == common, (
+        "the card must leave out values that the hub cannot read"
+    )
     model.pretrained_cfg = {"hf_hub_id": "timm/vit_tiny"}
     assert metadata(model)["base_model"] == "timm/vit_tiny"
     model.name_or_path = "/home/me/vit"
-    assert metadata(model)["base_model"] == "timm/vit_tiny", "a folder says nothing to others"
+    assert metadata(model)["base_model"] == "timm/vit_tiny", "the card must not name a local folder as the base"
 
 
 def test_size_for_vit_base(tmp_path: Path) -> None:
-    """The file is below 1 MB for r = 32 with its 245,760 factors, and for r = 16 with a head of 100 classes."""
-    timm = pytest.importorskip("timm", reason="needs the vision extra")
+    """The file is below 1 MB for r = 32 (245,760 numbers), and for r = 16 with a head of 100 classes."""
+    timm = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'")
     model = timm.models.VisionTransformer(embed_dim=768, depth=12, num_heads=12, num_classes=100, weight_init="skip")
     for rank, head, numbers in ((32, [], 245_760), (16, None, 104_448 + 76_900)):
         folder = efft.save_adapter(efft.apply(model, efft.EfftConfig(rank=rank, head=head)), tmp_path / str(rank))
@@ -189,7 +199,7 @@ def test_merged_models_save_the_same(saved: tuple[nn.Module, Path], tmp_path: Pa
 
 
 def test_loading_into_an_adapted_model(saved: tuple[nn.Module, Path], adapted_vit: Make, images: Tensor) -> None:
-    """Loading replaces the factors. Fields that matter only in training may differ and do not change."""
+    """Loading replaces the factors. Settings that matter only in training may differ, and are kept."""
     model, folder = saved
     other = adapted_vit(scale=0.7, init="u", dropout=0.4, core_init="matrix", std=0.1)
     parameters = dict(efft.named_factors(other))
@@ -207,7 +217,7 @@ def test_loading_into_a_merged_model(saved: tuple[nn.Module, Path], adapted_vit:
     try:
         efft.load_adapter(other, folder)
     except (RuntimeError, ValueError) as error:
-        assert "merge" in str(error)  # noqa: PT017 - either answer will do
+        assert "merge" in str(error)  # noqa: PT017 - an error is as good as a correct result
         assert torch.equal(other(images), before)
     else:
         torch.testing.assert_close(other(images), model(images), rtol=1e-4, atol=1e-5)
@@ -228,7 +238,7 @@ def test_another_dtype_of_the_base_is_no_other_base(saved: tuple[nn.Module, Path
         efft.load_adapter(tiny_vit().to(torch.bfloat16), folder)
 
 
-# --- newer files ------------------------------------------------------------------------------------------------------
+# --- files of newer versions ------------------------------------------------------------------------------------------
 
 
 def test_unknown_keys_are_reported(saved: tuple[nn.Module, Path], tiny_vit: Make, images: Tensor) -> None:

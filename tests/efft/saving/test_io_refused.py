@@ -1,4 +1,4 @@
-"""Test errors for damaged files and unsuitable models: each error gives the reason, and the model does not change."""
+"""Test errors for damaged files and unsuitable models. Each error states the reason, and the model does not change."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_truncated_weights(length: int, saved: tuple[nn.Module, Path], tiny_vit:
 def test_flipped_bits_in_the_header(
     saved: tuple[nn.Module, Path], tiny_vit: Make, images: Tensor, unchanged: Unchanged
 ) -> None:
-    """One bit per byte is flipped. The file is rejected, or the bit is in metadata or white space and has no effect."""
+    """Flip one bit of each byte. The file must be rejected, unless the bit is in metadata or white space."""
     model, folder = saved
     expected = model(images)
     content = (folder / WEIGHTS).read_bytes()
@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     "a plan without weights": (lambda d: d["plan"][0].update(weights={}), "must name its weights"),
     "a site that is none": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=-1"}),
-        "'plan' has no valid place in its train for a weight: 'layer=-1'",
+        "'plan' has no valid place in its tensor train for a weight: 'layer=-1'",
     ),
     "a site outside its train": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=7 cores=0:3"}),
@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     ),
     "a site of other sizes": (
         lambda d: d["plan"][0]["weights"].update({"blocks.0.attn.qkv": "layer=0 cores=0:2"}),
-        r"blocks.0.attn.qkv is of size \(16, 48\), but its update in the adapter is of size \(16, 32\)",
+        r"blocks.0.attn.qkv' is of size \(16, 48\), but its update in the adapter is of size \(16, 32\)",
     ),
     "sizes of a train": (
         lambda d: d["plan"][0].update(sizes=[16, 16, 2, 2**40]),
@@ -313,7 +313,7 @@ def test_other_configuration_on_an_adapted_model(
 def test_descriptions_with_a_gap(
     part: str, key: str, adapted_vit: Make, tiny_vit: Make, tmp_path: Path, unchanged: Unchanged
 ) -> None:
-    """A default value instead of the trained value would be a silent error."""
+    """A missing value must not be replaced by its default, which may differ from the value of the training."""
     folder = efft.save_adapter(adapted_vit(), tmp_path)
     description = json.loads((folder / CONFIG).read_text())
     del description[part][key]
@@ -322,7 +322,7 @@ def test_descriptions_with_a_gap(
 
 
 def test_lora_folders_are_refused(tiny_vit: Make, tmp_path: Path, unchanged: Unchanged) -> None:
-    peft = pytest.importorskip("peft", reason="needs the dev extra")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     lora = peft.get_peft_model(tiny_vit(), peft.LoraConfig(r=2, target_modules=["qkv"]))
     lora.save_pretrained(tmp_path)
     assert {WEIGHTS, CONFIG} <= {p.name for p in tmp_path.iterdir()}

@@ -1,4 +1,8 @@
-"""Test adapting a weight by name: the class of the new layer, refused weights, and readers of a layer's weight."""
+"""Test adapting weights by name.
+
+The tests cover the classes of the new layers, refused weights and wrong names, modules that read the weight of a child
+layer, layers in two places, and embeddings with a padding row.
+"""
 
 from __future__ import annotations
 
@@ -70,12 +74,12 @@ def test_who_stands_in_for_whom() -> None:
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (OtherLinear(3, 3), "OtherLinear has a forward of its own"),
-        (SameConv(3, 3, 1), "SameConv has a forward of its own"),
+        (OtherLinear(3, 3), "OtherLinear has its own forward method"),
+        (SameConv(3, 3, 1), "SameConv has its own forward method"),
         (nn.Embedding(3, 3, max_norm=1.0), "with max_norm changes its weight in each call; expected max_norm=None"),
         (nn.Embedding(3, 3, sparse=True), "expected an embedding with dense gradients"),
         (nn.Embedding(3, 3, scale_grad_by_freq=True), "expected an embedding with dense gradients"),
-        (nn.ConvTranspose2d(3, 3, 1), "expected a linear layer, a convolution, .* got ConvTranspose2d; name its param"),
+        (nn.ConvTranspose2d(3, 3, 1), "expected a linear layer, a convolution, .* got ConvTranspose2d; name the param"),
         (EfftLinear.from_linear(nn.Linear(3, 3)), "this layer is adapted already"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
@@ -84,7 +88,7 @@ def test_reasons(layer: nn.Module, reason: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), layer)
     with pytest.raises(TypeError, match=f"1: .*{reason}"):
         adapt(model, {"0": bank(3, 3), "1": bank(3, 3)})
-    assert type(model[0]) is nn.Linear, "nothing is changed"
+    assert type(model[0]) is nn.Linear, "an error must leave the model unchanged"
     assert model[1] is layer
 
 

@@ -98,7 +98,7 @@ def test_the_reference_computes_in_fp32_and_rounds_once(half: torch.dtype) -> No
 
 
 def test_gradient_of_a_trained_scale(backend: Backend, device: str, low: torch.dtype) -> None:
-    """The loss is |G|²/2, because its sums do not cancel. One draw could be exact by chance, and there are 16 draws."""
+    """The loss is |G|²/2, because its sums do not cancel. The test uses 16 draws, as one could be exact by chance."""
     results: list[list[Tensor]] = [[], [], []]
     for seed in range(16):
         inputs = make_inputs("tt_contract", r1=17, r2=33, masks=True, dtype=low, device=device, seed=seed)
@@ -261,7 +261,7 @@ def test_a_second_derivative(backend: Backend, exact: torch.dtype, assert_exact:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_changes_nothing(backend: Backend, device: str, half: torch.dtype) -> None:
-    """The factors are contracted in their own precision; only the layers' activations have a low precision."""
+    """The factors are multiplied in their own precision. Autocast lowers only the precision of activations."""
 
     def autocast(**inputs: Any) -> Tensor:
         with torch.autocast(device, half):
@@ -293,9 +293,9 @@ def test_meta_tensors_give_shapes(backend: Backend) -> None:
             {"C": torch.ones(3, 5, 7)},
             r"expected C \[n_layers, n_cores, r1, r2\] and V \[r2, d_out\] .* got shapes \[3, 5, 7\]",
         ),
-        ({"V": torch.ones(40, 7)}, r"of one r2, got shapes \[3, 2, 5, 7\] and \[40, 7\]"),
+        ({"V": torch.ones(40, 7)}, r"with equal r2, got shapes \[3, 2, 5, 7\] and \[40, 7\]"),
         ({"V": torch.ones(7)}, r"got shapes \[3, 2, 5, 7\] and \[7\]"),
-        ({"V": torch.ones(7, 40).double()}, "C and V must have one dtype, got torch.float32 and torch.float64"),
+        ({"V": torch.ones(7, 40).double()}, "C and V must have the same dtype, got torch.float32 and torch.float64"),
         (
             {"keep_C": torch.ones(2, 5, 7, dtype=torch.bool)},
             r"keep_C must be \[n_layers, n_cores, r1, r2\] = \[3, 2, 5, 7\], got shape \[2, 5, 7\]",
@@ -338,7 +338,7 @@ def test_tensors_of_another_device(backend: Backend, name: str) -> None:
 
 
 def test_tensors_of_another_kind(backend: Backend) -> None:
-    with pytest.raises(RuntimeError, match=f"'{backend.value}' was asked for but cannot run: .* got torch.int32"):
+    with pytest.raises(RuntimeError, match=f"'{backend.value}' was requested but cannot run: .* got torch.int32"):
         tt_contract(torch.ones(1, 1, 2, 2).int(), torch.ones(2, 2).int(), backend=backend)
 
 

@@ -12,7 +12,7 @@ one of the following:
 - spilled registers (in forms without tensor cores, more than ``PARKED`` accesses to local memory)
 - more shared memory than the target has
 - a half-precision or TF32 product without tensor-core instructions
-- a main loop that does not load 16 bytes at a time or, in a form with TMA, a kernel without bulk tensor copies
+- a form with tensor cores that never loads 16 bytes at a time or, with TMA, has no bulk tensor copy
 
 The report does not check speed or results.
 """
@@ -80,7 +80,7 @@ class Form:
         estimate: shared memory in bytes that the choice of a tile assumes, or None if there is no choice.
         tensor_cores: whether its products must use tensor cores.
         capability: lowest compute capability on which the form is chosen.
-        wide_loads: whether its main loop must load 16 bytes at a time (with TMA no load instruction does).
+        wide_loads: whether load instructions of 16 bytes are required. If False, the form must use TMA instead.
     """
 
     name: str

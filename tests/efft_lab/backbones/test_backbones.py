@@ -1,4 +1,7 @@
-"""Test backbones by name and from files, and the conversion of the embedded backbone on a miniature ONNX graph."""
+"""Test backbones by name and from files, and the conversion of the embedded backbone on a miniature ONNX graph.
+
+The embedded backbone is the default. Its weights are an ONNX file inside a Python package.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def test_image_size() -> None:
         ),
         ({"name": "qqqqqqq"}, r"unknown model 'qqqqqqq'; timm.list_models\(\) lists the names"),
         ({"name": "test_vit.nothing"}, r"Invalid pretrained tag \(nothing\).* with a tag: test_vit.r160_in1k"),
-        ({"name": "resnet18", "image_size": 64}, "timm cannot build resnet18 with image size 64 and drop_path 0.0: "),
+        ({"name": "resnet18", "image_size": 64}, "timm cannot build 'resnet18' with image size 64 and drop_path 0.0: "),
         ({"image_size": 72}, "needs an image size that is a multiple of 14, got 72; try 70 or 84"),
         ({"image_size": 5}, "needs an image size that is a multiple of 14, got 5; try 14 or 28"),
         ({"checkpoint": "x.pth", "pretrained": True}, "either a checkpoint or pretrained=True, not both"),
@@ -182,7 +185,7 @@ def test_missing_file() -> None:
 
 @pytest.fixture
 def miniature(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """Return a tiny replacement for the embedded backbone, in the form of timm."""
+    """Return a tiny replacement for the embedded backbone, built with timm."""
     monkeypatch.setattr(dinov2, "_DEPTH", DEPTH)
     monkeypatch.setattr(dinov2, "_WIDTH", WIDTH)
     monkeypatch.setattr(dinov2, "_GRID", GRID)
@@ -196,7 +199,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 
 def onnx_graph(model: nn.Module) -> Any:
-    """Return weights like an ONNX export of Hugging Face's Dinov2Model, in which linear weights have no names."""
+    """Return an ONNX graph like an export of Hugging Face's Dinov2Model, which loses the names of linear weights."""
     onnx = pytest.importorskip("onnx", reason="needs the train extra")
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     constants: dict[str, Any] = {
@@ -283,6 +286,6 @@ def test_embedded_backbone(capsys: pytest.CaptureFixture[str]) -> None:
     if not (cache_dir() / "models" / "dinov2_vits14_saliency-0.1.1.safetensors").exists():
         pytest.skip("the embedded backbone has not been downloaded")
     model = backbones.create(classes=10, image_size=70).eval()
-    assert "saliency-tuned, not pristine DINOv2" in capsys.readouterr().out
+    assert "tuned for saliency, not the original DINOv2 weights" in capsys.readouterr().out
     assert sum(parameter.numel() for parameter in model.parameters()) == 22_056_192 - (37**2 - 25) * 384 + 3850
     assert model(torch.zeros(1, 3, 70, 70)).shape == (1, 10)

@@ -1,4 +1,8 @@
-"""Test suites and plans: the meaning of a suite file, and errors for invalid content."""
+"""Test suites and agendas: the meaning of a suite file, and errors for invalid content.
+
+A suite file describes a comparison: its tasks, methods and seeds. The agenda of a suite lists its runs. Search runs
+choose the settings of a method on a task, and final runs measure the test accuracy with these settings.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +129,7 @@ def test_published_settings_of_the_paper_by_task() -> None:
             assert run.config["efft"].get("variant", "efft2") == variant
 
 
-@pytest.mark.parametrize("name", ["local", "local_efft2", "local_long"])
+@pytest.mark.parametrize("name", ["local", "local_efft2", "local_long", "twelve"])
 def test_results_on_record_are_of_their_suite(name: str) -> None:
     """A suite may get new methods, but its recorded runs must remain a part of the suite."""
     done = read(RESULTS / f"compare_{name}.jsonl")
@@ -169,11 +173,14 @@ def test_what_the_command_line_gives_goes_over_everything(tiny: dict[str, Any], 
         ({"train": {"epoch": 3}}, "unknown field 'epoch' in train; did you mean 'epochs'?"),
         ({"tasks": {"digits": {"seed": 3}}}, "unknown field 'seed' in task 'digits'"),
         ({"tasks": {"digits": {}}, "methods": {"x": {"method": "efft", "vtab_settings": "efft1"}}}, "no published"),
-        ({"methods": {"x": {"lr": 1}}}, "method 'x' must say which: method = efft, full, ..., or majority"),
+        (
+            {"methods": {"x": {"lr": 1}}},
+            "method 'x' lacks the entry 'method', such as efft or full, or one of majority",
+        ),
         ({"methods": {"x": {"method": "nope"}}}, "method must be one of efft, .*, got 'nope'"),
         ({"methods": {"x": {"method": "full", "grid": {"lr": 1}}}}, "a grid maps a setting to a list of values"),
         ({"reference": "nope"}, "unknown method 'nope' in reference; known: EFFT2, probe, pixels"),
-        # the kind of every part
+        # values of the wrong type
         ({"name": "../x"}, r"name must begin with a letter or digit and have no slash, got '\.\./x'"),
         ({"about": 3}, "about must be a string, got 3"),
         ({"tasks": ["digits"]}, r"tasks must be an object, got \['digits'\]"),
@@ -191,7 +198,10 @@ def test_what_the_command_line_gives_goes_over_everything(tiny: dict[str, Any], 
         ({"quick": {"seed": [1]}}, "unknown field 'seed' in quick; did you mean 'seeds'"),
         ({"quick": {"seeds": [1, 1]}}, "quick: seeds must be distinct integers >= 0"),
         # tasks and seeds
-        ({"tasks": {"digitz": {}}}, "tasks: 'digitz' is no known task .near names: digits.*, nor is there a folder"),
+        (
+            {"tasks": {"digitz": {}}},
+            "tasks: 'digitz' is not a known task .*digits.*, nor is there a folder",
+        ),
         ({"seeds": 3}, "seeds must be a list, each entry an integer, got 3"),
         ({"seeds": [0, 1.5]}, r"seeds must be a list, each entry an integer, got \[0, 1.5\]"),
         ({"seeds": [0, True]}, "seeds must be a list, each entry an integer"),
@@ -220,16 +230,20 @@ def test_mistakes_are_named(change: dict[str, Any], message: str, tiny: dict[str
         ("efft", {"seed": [1]}, "unknown setting 'seed' in method 'x', grid"),
         ("efft", {"eft.scale": [1]}, "unknown group of settings 'eft' in method 'x', grid; did you mean 'efft'"),
         ("efft", {"efft.scal": [1]}, r"unknown setting 'scal' in method 'x', grid \(efft\.\); did you mean 'scale'"),
-        ("efft", {"adapter.scale": [1]}, "'adapter.scale' is not read by method 'efft', whose own settings are efft"),
+        (
+            "efft",
+            {"adapter.scale": [1]},
+            "'adapter.scale' is not read by method 'efft'; the names of its settings begin with 'efft.'",
+        ),
         (
             "fact_tt",
             {"efft.scale": [1]},
-            "'efft.scale' is not read by method 'fact_tt', whose own settings are adapter",
+            "'efft.scale' is not read by method 'fact_tt'; the names of its settings begin with 'adapter.'",
         ),
         ("vera", {"adapter.d_init": [1]}, r"unknown setting 'd_init' in .*\(adapter\.\); did you mean 'd_initial'"),
         ("peft_lora", {"adapter.rnk": [1]}, r"unknown setting 'rnk' in .*\(adapter\.\); did you mean 'rank'"),
         ("full", {"adapter.rank": [1]}, r"unknown setting 'rank' in method 'x', grid \(adapter\.\); known: none"),
-        ("knn", {"lr": [1]}, "method 'x' has a grid, but knn has nothing to set"),
+        ("knn", {"lr": [1]}, "method 'x' has a grid, but 'knn' has no settings"),
         ("efft", {"lr": []}, "a grid maps a setting to a list of values"),
         ("efft", {"lr": [1, 2, 1]}, "method 'x', grid 'lr' has a value twice"),
         ("efft", {"lr": list(range(1, 50)), "epochs": list(range(1, 50))}, "the grid has 2401 combinations, expected"),
@@ -256,8 +270,8 @@ def test_points_of_a_grid_that_are_no_numbers_can_be_shown(tiny: dict[str, Any])
 
 
 def test_missing_files_and_variants(tiny: dict[str, Any], write: Write) -> None:
-    names = "local, local_efft2, local_grid, local_long, twelve, vtab1k"
-    with pytest.raises(FileNotFoundError, match=f"no suite file nope; the suites by name are {names}"):
+    names = "hundred_epochs, local, local_efft2, local_grid, local_long, twelve, vtab1k"
+    with pytest.raises(FileNotFoundError, match=f"no suite file 'nope'; the suites by name are {names}"):
         suites.load("nope")
     with pytest.raises(ValueError, match="has no quick variant; leave out --quick"):
         suites.load(write(tiny), quick=True)

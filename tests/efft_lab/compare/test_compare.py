@@ -1,4 +1,7 @@
-"""Test the complete command on tiny runs: kill and resume, several processes, determinism, failures, the report."""
+"""Test the command ``efft compare`` on tiny runs.
+
+The tests cover kill and resume, several processes, determinism, failed runs, the linear probe, and the report.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def alive(process: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the worker processes")
 def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
     tiny: dict[str, Any], write: Write, tmp_path: Path
 ) -> None:
@@ -171,7 +174,7 @@ def test_divergence_is_a_result_and_other_failures_stop(
     error = capsys.readouterr().err
     assert "digits, full, search seed 0, lr=" in error
     assert ": ValueError: the training split has 800 images, fewer than one batch" in error
-    assert "details in" in error
+    assert "and run the same command again after a fix" in error
     assert "Traceback" in results.with_suffix(".log").read_text()
 
 
@@ -213,8 +216,8 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
     assert "- digits: pixels reaches 52.5, at least as much as probe." in page
     assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
     assert "- commit: abc" in page
-    assert "- machine: n with G: 2 final runs, 1.0 hours of processors (EFFT2 2)" in page
-    assert "- machine: m: 14 final runs, 0.0 hours of processors (scratch 4; EFFT2 2; probe 4; pixels 4)" in page
+    assert "- machine: n with G: 2 final runs, 1.0 processor hours (EFFT2 2)" in page
+    assert "- machine: m: 14 final runs, 0.0 processor hours (scratch 4; EFFT2 2; probe 4; pixels 4)" in page
     assert "![Accuracy against trained parameters](r-parameters.png)" in page
     assert (tmp_path / "r-parameters.png").stat().st_size > 10_000
     assert "Published" not in page
@@ -236,7 +239,11 @@ def _record(run: Any, accuracy: float) -> dict[str, Any]:
 def test_wrong_words(tiny: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write(tiny))
     for words, message in (
-        ([], "give either a file or --suite, one of local, local_efft2, local_grid, local_long, twelve, vtab1k"),
+        (
+            [],
+            "give either a file or --suite, one of hundred_epochs, local, local_efft2, local_grid, local_long, "
+            "twelve, vtab1k",
+        ),
         ([file, "--suite", "local"], "give either a file or --suite"),
         (["--suite", "nope"], "there is no suite 'nope'"),
         (["--suite", "local", "--quick", "--full"], "either --quick or --full"),

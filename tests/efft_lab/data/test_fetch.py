@@ -14,7 +14,8 @@ import pytest
 import efft_lab.data
 from efft_lab.data.fetch import Archive, MissingToolError, cache_dir, extract_deb, fetch_archive, fetch_pypi
 
-# The search uses the path only: a search for pip would let setuptools restore the standard library's distutils.
+# PathFinder searches only sys.path. importlib.util.find_spec("pip") would also run an import hook of setuptools, which
+# then restores the standard library's distutils.
 needs_pip = pytest.mark.skipif(importlib.machinery.PathFinder.find_spec("pip") is None, reason="this Python has no pip")
 
 
@@ -129,7 +130,7 @@ def test_apt_download(fake_tool, home: Path) -> None:
 
 @pytest.mark.parametrize(("manager", "tool"), [("npm", "npm"), ("apt", "apt-get")])
 def test_missing_client(fake_tool, manager, tool: str) -> None:
-    with pytest.raises(MissingToolError, match=rf"fetching toy 3 .* needs {tool}, which is not installed; or put"):
+    with pytest.raises(MissingToolError, match=rf"fetching toy 3 .* needs {tool}, .*not installed; install it, or put"):
         fetch_archive(Archive(manager, "toy", "3", "0" * 64))
 
 
@@ -144,7 +145,7 @@ def test_failing_client_is_quoted(fake_tool, home: Path) -> None:
 
 def test_client_that_writes_nothing(fake_tool) -> None:
     fake_tool("npm", "printf x > readme.txt")
-    with pytest.raises(RuntimeError, match=r"expected toy 3 \(npm\) to give one \*\.tgz file, got \['readme\.txt'\]"):
+    with pytest.raises(RuntimeError, match=r"expected one \*\.tgz file from toy 3 \(npm\), got \['readme\.txt'\]"):
         fetch_archive(Archive("npm", "toy", "3", "0" * 64))
 
 

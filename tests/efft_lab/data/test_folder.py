@@ -93,7 +93,7 @@ def test_missing_test_folder_is_divided_from_train(divided: Path, capsys: pytest
     assert np.bincount(first.test.labels).tolist() == [3, 3]
     assert contents(first.test) == contents(other.test)
     assert len(contents(first.trainval) | contents(first.test)) == 40
-    assert "has no test part: a fifth of the training images is used" in capsys.readouterr().err
+    assert "has no test part: a fifth of the training images becomes the test set" in capsys.readouterr().err
 
 
 def test_copies_of_validation_images_are_not_tested_on(divided: Path) -> None:

@@ -1,4 +1,4 @@
-"""Compare pictures of every kind with explicit pixels, or with pixels computed without Pillow's conversions."""
+"""Compare decoded pictures with explicit pixels, or with pixels computed without Pillow's conversions."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def test_tiff(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (tiff(np.array([[0, 300]], "<f4").tobytes(), 32, (1, 2), kind=3), "grey values from 0 to 1, got 0 to 300"),
-        (tiff(np.array([[0, np.nan]], "<f4").tobytes(), 32, (1, 2), kind=3), "grey values from 0 to 1, got nan"),
-        (tiff(np.array([[-5, 300]], "<i2").tobytes(), 16, (1, 2), kind=2), "range of its signed or 32-bit grey values"),
-        (tiff(np.array([[0, 300]], "<u4").tobytes(), 32, (1, 2)), "range of its signed or 32-bit grey values"),
+        (tiff(np.array([[0, 300]], "<f4").tobytes(), 32, (1, 2), kind=3), "gray values from 0 to 1, got 0 to 300"),
+        (tiff(np.array([[0, np.nan]], "<f4").tobytes(), 32, (1, 2), kind=3), "gray values from 0 to 1, got nan"),
+        (tiff(np.array([[-5, 300]], "<i2").tobytes(), 16, (1, 2), kind=2), "range of the signed or 32-bit gray values"),
+        (tiff(np.array([[0, 300]], "<u4").tobytes(), 32, (1, 2)), "range of the signed or 32-bit gray values"),
     ],
 )
 def test_numbers_of_unknown_range_are_refused_at_the_start(content: bytes, message: str, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def palette(transparency: Any) -> Image.Image:
 @pytest.mark.parametrize("format", ["PNG", "GIF"])
 def test_palette(format: str, transparency: Any, expected: Any, tmp_path: Path) -> None:
     if format == "GIF" and isinstance(transparency, bytes):
-        pytest.skip("GIF knows no partial transparency")
+        pytest.skip("GIF does not support partial transparency")
     options = {} if transparency is None else {"transparency": transparency}
     palette(transparency).save(tmp_path / "a", format, **options)
     np.testing.assert_array_equal(decoded(tmp_path / "a"), expected)

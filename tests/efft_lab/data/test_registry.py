@@ -24,11 +24,11 @@ def test_names_are_unique_and_described() -> None:
 
 
 def test_unknown_name_lists_near_ones() -> None:
-    with pytest.raises(ValueError, match=r"'cifar1' is no known task \(near names: .*cifar10"):
+    with pytest.raises(ValueError, match=r"'cifar1' is not a known task \(similar names: .*cifar10"):
         efft_lab.data.describe("cifar1")
-    with pytest.raises(ValueError, match=r"near names: mnist5k, .*torchvision:mnist.*nor is there a folder"):
+    with pytest.raises(ValueError, match=r"similar names: mnist5k, .*torchvision:mnist.*nor is there a folder"):
         efft_lab.data.load("mnist")
-    with pytest.raises(ValueError, match=r"'\?' is no known task \(known: mnist5k, digits, "):
+    with pytest.raises(ValueError, match=r"'\?' is not a known task \(known names: mnist5k, digits, "):
         efft_lab.data.fetch("?")
 
 
@@ -74,7 +74,10 @@ def test_generated_task_is_drawn_once(drawn: Path, capfd: pytest.CaptureFixture[
 
 
 def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
-    """For white and black images, ink and pixels are perfect, and the majority is the share of the larger class."""
+    """One class has plain gray images, and the other has images with a white square.
+
+    The predictors ink and pixels are perfect, and majority reaches the share of the larger class.
+    """
     from PIL import Image
 
     for number in range(100):
@@ -90,7 +93,7 @@ def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
 
 
 def test_nearest_neighbours_against_scikit_learn(drawn: Path) -> None:
-    neighbors = pytest.importorskip("sklearn.neighbors", reason="the oracle is scikit-learn's")
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="the test compares with scikit-learn")
     task = efft_lab.data.load("x-location", root=drawn, max_test=200)
 
     def pixels(data: efft_lab.data.ImageDataset) -> np.ndarray:

@@ -41,7 +41,7 @@ def make_task(info: TaskInfo = INFO) -> TaskData:
 )
 @pytest.mark.parametrize("shape", [(11, 17, 3), (40, 30, 3), (11, 17)])
 def test_preprocessing_is_that_of_torchvision_to_the_bit(normalization, mean, std, shape) -> None:
-    transforms = pytest.importorskip("torchvision.transforms", reason="the oracle")
+    transforms = pytest.importorskip("torchvision.transforms", reason="the test compares with torchvision")
     image = Image.fromarray(pixels(*shape)).convert("RGB")
     oracle = transforms.Compose(
         [

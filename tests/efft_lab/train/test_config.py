@@ -75,7 +75,7 @@ def test_fields_left_out_keep_their_defaults(tmp_path: Path) -> None:
         ('{"adapter": []}', r"adapter must be an object or nothing, got \[\]"),
         (
             '{"method": "peft_lora", "adapter": {"rnk": 3}}',
-            "method 'peft_lora' has no setting rnk; it has: rank, alpha",
+            "method 'peft_lora' has no setting 'rnk'; it has: rank, alpha",
         ),
         ('{"method": "adapter", "adapter": {"width": 0}}', "width of method 'adapter' must be at least 1, got 0"),
         ('{"method": "adapter", "adapter": {"width": "8"}}', "width of method 'adapter' must be an integer, got '8'"),

@@ -1,4 +1,4 @@
-"""Test a complete run: the files that it writes, the data that it reads, and that it learns."""
+"""Test a complete run: the files that it writes, the data that it reads, that it learns, and its errors."""
 
 from __future__ import annotations
 

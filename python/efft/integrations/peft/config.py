@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from peft import PeftConfig, PeftType
+from torch import nn
 
+from efft.integrations.peft.planning import plan_adapter, trained_beside
 from efft.methods.efft import EfftConfig
 
 
@@ -35,8 +38,8 @@ class _Alias:
             return
         if not complete and getattr(config, self.of) != getattr(EfftConfig, self.of):
             raise ValueError(
-                f"{self.of} and {self.name} name the same {_MEANINGS[self.name]}: give one, got "
-                f"{getattr(config, self.of)} and {value}"
+                f"{self.of} and {self.name} name the same {_MEANINGS[self.name]}: pass only one of them, got "
+                f"{getattr(config, self.of)!r} and {value!r}"
             )
         setattr(config, self.of, self.write(config, value))
 
@@ -45,10 +48,10 @@ _MEANINGS = {"r": "rank", "lora_alpha": "scale", "lora_dropout": "probability", 
 
 
 class _TargetModules:
-    """Select the layers by peft's rules.
+    """Provide the field ``target_modules``, which selects the layers by peft's rules.
 
     If ``targets`` selects the layers instead, the value is the list of layers that were selected in a model. Before the
-    configuration is used on a model, the value is ``targets`` if that is a list of names, and None otherwise.
+    configuration is used on a model, the value is then ``targets`` if that is a list of names, and None otherwise.
     """
 
     def __get__(self, config: Any, owner: type) -> Any:
@@ -78,8 +81,8 @@ class EfftPeftConfig(PeftConfig, EfftConfig):
     | peft | here | remarks |
     |---|---|---|
     | `r` | `rank` | the same setting; if there are several ranks, `r` is the largest |
-    | `lora_alpha` | `scale` | the update is (`lora_alpha` / `r`) U C V, so `scale` is their quotient, whatever \
-`rank_pattern` says; setting `r` later keeps `scale` |
+    | `lora_alpha` | `scale` | the update is (`lora_alpha` / `r`) U C V, so `scale` is their quotient, also for \
+layers with another rank in `rank_pattern`; setting `r` later keeps `scale` |
     | `lora_dropout` | `dropout` | elements of the *factors* are dropped, never activations |
     | `target_modules` | `targets` | peft's rules: names, endings of names, one regular expression, or `"all-linear"`; \
 if it is not set, `targets` selects the layers |
@@ -127,7 +130,8 @@ one adapter can train biases |
         self._check(known, "target_modules", "None, a list of names, 'all-linear' or a regular expression", modules)
         if modules is not None and self.targets not in ("all", modules):
             raise ValueError(
-                f"targets and target_modules both choose the layers: give one, got {self.targets} and {modules}"
+                f"targets and target_modules both choose the layers: pass only one of them, got {self.targets!r} and "
+                f"{modules!r}"
             )
         biases = ("none", "all", "efft_only", "auto")
         self._check(self.bias in biases, "bias", "'none', 'all', 'efft_only' or 'auto'", self.bias)
@@ -144,7 +148,31 @@ one adapter can train biases |
                 "into the expression, or list the names"
             )
         if self.layers_pattern and layers is None:
-            raise ValueError("layers_pattern says where the indices of layers_to_transform stand: set both or neither")
+            raise ValueError(
+                "layers_pattern names the list to which the indices in layers_to_transform belong: set both or neither"
+            )
+
+    @classmethod
+    def auto(cls, *, budget: int | None = None, model: Any = None, **fields: Any) -> EfftPeftConfig:
+        """Return a configuration that needs no search, as :meth:`EfftConfig.auto` does.
+
+        The rank and the dropout may also have peft's names. With ``budget``, the biases and norms are counted that peft
+        would train.
+        """
+        for alias, name in (("r", "rank"), ("lora_dropout", "dropout")):
+            if alias in fields and name not in fields:
+                fields[name] = fields.pop(alias)
+        config: Any = super().auto(budget=budget, model=model, **fields)
+        return cast(EfftPeftConfig, config)
+
+    def planner(self, model: nn.Module) -> Callable[[Any], tuple[Sequence[Any], int]]:
+        def plan(config: EfftPeftConfig) -> tuple[Sequence[Any], int]:
+            with warnings.catch_warnings():  # get_peft_model issues the warnings
+                warnings.simplefilter("ignore")
+                found = plan_adapter(model, config)
+            return found.groups, trained_beside(model, config, found)
+
+        return plan
 
     def to_dict(self) -> dict[str, Any]:
         """Return a dict that can be stored as JSON, without the names that ``targets`` selected in a model."""
@@ -220,7 +248,7 @@ def _quotient(alpha: Any, rank: Any) -> float:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise ValueError(f"EfftPeftConfig.lora_alpha must be a number, got {alpha!r}")
     if not isinstance(rank, int):
-        raise ValueError(f"lora_alpha is divided by one rank, got {rank}: give the scale itself (scale=...)")
+        raise ValueError(f"lora_alpha is divided by a single rank, got {rank!r}: pass the scale itself (scale=...)")
     return alpha / rank
 
 

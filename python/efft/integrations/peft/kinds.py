@@ -61,7 +61,7 @@ def beside(layer: Any, x: Tensor, D: Tensor, G: Tensor, y: Tensor) -> Tensor:
     if is_linear(layer):
         return (x @ D) @ G
     shape = layer.weight.shape
-    if layer.groups > 1:  # one kernel D per group costs more than the small dense kernel
+    if layer.groups > 1:  # applying D to each group would cost more than the dense kernel, which is small
         grouped: Tensor = layer._conv_forward(x, (D @ G).t().reshape(shape), None)
         return grouped
     h = layer._conv_forward(x, D.t().reshape(-1, *shape[1:]), None)

@@ -56,8 +56,8 @@ class EfftLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The weight of the adapted layer, which includes only the updates that are merged.
 
-        Reading the weight while the model runs sets ``was_read``, because the result of the reader lacks the updates
-        that are not merged.
+        Reading the weight while the model runs sets ``was_read``, because the module that reads it computes without the
+        updates that are not merged.
         """
         if not torch.compiler.is_compiling() and any(binding.prepared is not None for binding in self.bindings):
             self.was_read = True

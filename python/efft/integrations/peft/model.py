@@ -1,8 +1,8 @@
-"""Define ``EfftModel``, the tuner that peft wraps around a model. The tuner owns the factors."""
+"""Define ``EfftModel``, the module that peft wraps around a model (a *tuner*). The tuner owns the factors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from efft.integrations.peft.config import EfftPeftConfig
 from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
 from efft.integrations.peft.mixing import fill, mixed_config
 from efft.integrations.peft.planning import exclusion, plan_adapter, trained_norms
+from efft.planning.extras import is_norm
 from efft_kernels import Site, TTFactors
 from efft_kernels.nn.adapt import read_layers, replace_in_attributes
 
@@ -42,6 +43,7 @@ class EfftModel(BaseTuner):
     prefix = "efft_"
     tuner_layer_cls = EfftLayer
     uses_shared_state = True
+    _base_biases: Sequence[tuple[nn.Module, Tensor]] = ()
 
     def inject_adapter(
         self,
@@ -78,16 +80,19 @@ class EfftModel(BaseTuner):
                     nn.init.xavier_uniform_(factors.V)
                 sites.update({name: (factors, site) for name, site in group.sites.items()})
                 banks[group.name] = factors
+            layers = [model.get_submodule(name) for name in sites]
         self._check_names(adapter_name, banks)
+        if config.bias == "auto":
+            config.bias = "none" if all(getattr(layer, "bias", None) is None for layer in layers) else "efft_only"
+        self._check_biases(adapter_name)
         config.modules_to_save = whole
         config.settle(plan.groups, banks)
-        if config.bias == "auto":
-            layers = [model.get_submodule(name) for name in sites]
-            config.bias = "none" if all(getattr(layer, "bias", None) is None for layer in layers) else "efft_only"
         config.choose(sites)
         earlier = {p: p.requires_grad for p in self.efft_banks.parameters()}
         self.efft_banks[adapter_name] = banks.train(model.training)
         self._sites: dict[str, tuple[TTFactors, Site]] = sites
+        if config.bias != "none":
+            self._base_biases = _biases(model if config.bias == "all" else nn.ModuleList(layers))
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._sites = {}
         for parameter, requires_grad in earlier.items():  # peft restores only the parameters inside the model
@@ -130,8 +135,11 @@ class EfftModel(BaseTuner):
             fill(bank, [banks[name][group] for name in adapters], weights)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its factors."""
+        """Remove an adapter and its factors. If it has trained biases, the biases of the base are restored."""
+        trained = adapter_name in self.peft_config and self.peft_config[adapter_name].bias != "none"
         super().delete_adapter(adapter_name)
+        if trained:
+            self._restore_biases()
         for layer in self._layers():
             if adapter_name in layer.efft_bindings:  # peft skips names with the prefix of this method
                 BaseTunerLayer.delete_adapter(layer, adapter_name)
@@ -143,6 +151,24 @@ class EfftModel(BaseTuner):
         for groups in adapters.values():
             if clash := set(groups) & set(adapters):
                 raise ValueError(f"an adapter may not be named like a group of factors, {clash.pop()!r}; rename it")
+
+    def _check_biases(self, adapter_name: str) -> None:
+        """Raise ValueError if an adapter would use or change the biases that another adapter has trained."""
+        trained = [name for name, config in self.peft_config.items() if config.bias != "none"]
+        others = [name for name in self.peft_config if name != adapter_name]
+        if trained and others:
+            raise ValueError(
+                f"adapter {trained[0]!r} trains biases (bias={self.peft_config[trained[0]].bias!r}), of which a model "
+                f"has one copy for all of its adapters ({', '.join(map(repr, [*others, adapter_name]))}): EfftModel "
+                "supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all adapters."
+            )
+
+    @torch.no_grad()
+    def _restore_biases(self) -> None:
+        """Give the biases that an adapter has trained the values of the base."""
+        for module, value in self._base_biases:
+            module._parameters["bias"].copy_(value)  # type: ignore[union-attr]
+        self._base_biases = []
 
     def _prepare_adapter_config(self, peft_config: EfftPeftConfig, model_config: dict[str, Any]) -> EfftPeftConfig:
         return peft_config  # inject_adapter has planned the adapter already
@@ -175,8 +201,11 @@ class EfftModel(BaseTuner):
             if adapter_name in layer.efft_bindings:
                 layer.efft_factors[adapter_name].to(_dtype(layer.base_layer, autocast_adapter_dtype))
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if not merge:  # the base has its own biases and norms, and as in peft the trained head
+            self._restore_biases()
+            _restore_norms(self.model, self.peft_config.values())
+        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         return model
@@ -186,7 +215,8 @@ class EfftModel(BaseTuner):
         """Select the adapter of each sample in layers and heads for a batch with ``adapter_names``.
 
         Raises:
-            ValueError: the model is in training mode, or no adapter has one of the names.
+            ValueError: the model is in training mode, no adapter has one of the names, or a sample uses the base model
+                while an adapter has its own biases.
         """
         names = kwargs.get("adapter_names")
         if names is None:
@@ -197,6 +227,12 @@ class EfftModel(BaseTuner):
         self._mixed = sorted({*names} - {"__base__"})
         if unknown := [name for name in self._mixed if name not in self.efft_banks]:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        trained = next((name for name, config in self.peft_config.items() if config.bias != "none"), None)
+        if trained is not None and "__base__" in names:
+            raise ValueError(
+                f"adapter {trained!r} trains biases, of which the model has one copy for all samples: samples of "
+                "'__base__' would use them too, so call the model for these samples after unload()"
+            )
         beams = kwargs.get("num_beams")
         in_decoder = [name for name in names for _ in range(beams)] if isinstance(beams, int) else names
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
@@ -269,6 +305,22 @@ def _check_kinds(model: nn.Module, names: list[str]) -> None:
             )
 
 
+def _biases(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
+    """Return every module with a bias, and a copy of the bias."""
+    owners = (module for module in model.modules() if module._parameters.get("bias") is not None)
+    return [(module, module._parameters["bias"].detach().clone()) for module in owners]  # type: ignore[union-attr]
+
+
+def _restore_norms(model: nn.Module, configs: Iterable[EfftPeftConfig]) -> None:
+    """Put normalization layers that were trained because of the setting ``norms`` back into the model."""
+    if not any(config.norms for config in configs):
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, ModulesToSaveWrapper) and is_norm(child.original_module):
+                setattr(parent, name, child.original_module)
+
+
 def _name_adapters(module: nn.Module, args: Any, kwargs: Any, *, adapter_names: list[str]) -> tuple[Any, Any]:
     return args, {**kwargs, "adapter_names": adapter_names}
 
@@ -290,7 +342,7 @@ def _plain(model: nn.Module) -> Iterator[None]:
     """Undo earlier changes to the layers of a model within the ``with`` block.
 
     The model has its original layers even if they were adapted before. A ``forward`` that was set on a layer itself, as
-    accelerate's offloading does, is removed for the time of the block. It is not a reason to refuse the layer, because
+    accelerate's offloading does, is removed within the block. It is not a reason to refuse the layer, because
     :class:`EfftLayer` calls it.
     """
     wrapped = [

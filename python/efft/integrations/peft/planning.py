@@ -13,15 +13,17 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from efft.adapting.heads import find_head
-from efft.integrations.peft.config import EfftPeftConfig
 from efft.planning.extras import Extras, find_extras
 from efft.planning.names import matcher
 from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.planning.structure import Weight, structure_of
 from efft.planning.targets import by_structure, known_target
 
+#: An :class:`efft.integrations.peft.EfftPeftConfig`, which uses this module to fit a budget.
+Config = Any
 
-def plan_adapter(model: nn.Module, config: EfftPeftConfig) -> Plan:
+
+def plan_adapter(model: nn.Module, config: Config) -> Plan:
     """Plan the adapter on a model with its original layers, and replace ``target_modules="all-linear"`` by names.
 
     Raises:
@@ -80,12 +82,22 @@ def trained_norms(model: nn.Module, head: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in trained if not name.startswith(inside)))
 
 
-def exclusion(config: EfftPeftConfig, name: str) -> Any:
+def trained_beside(model: nn.Module, config: Config, plan: Plan) -> int:
+    """Return the number of entries of all biases and norms that peft trains in addition to the factors and the head."""
+    head = {id(p) for name in plan.head for p in model.get_submodule(name).parameters()}
+    owners = {"none": [], "all": list(model.modules())}.get(config.bias, [model.get_submodule(n) for n in plan.weights])
+    trained = [module._parameters.get("bias") for module in owners]
+    for name in trained_norms(model, plan.head) if config.norms else ():
+        trained += model.get_submodule(name).parameters()
+    return sum({id(p): p.numel() for p in trained if p is not None and id(p) not in head}.values())
+
+
+def exclusion(config: Config, name: str) -> Any:
     """Return False, or the falsy object with which peft records that ``exclude_modules`` matches a name."""
     return check_target_module_exists(_settings(config, ".*", []), name) and False
 
 
-def _plan_of(model: nn.Module, config: EfftPeftConfig, names: list[str], head: list[str]) -> Plan:
+def _plan_of(model: nn.Module, config: Config, names: list[str], head: list[str]) -> Plan:
     """Return the plan for exactly the given layers. Layers of different ranks do not share factors."""
     weights = _weights(model, config, names, head)
     layers: dict[int, list[str]] = {}
@@ -107,7 +119,7 @@ def _plan_of(model: nn.Module, config: EfftPeftConfig, names: list[str], head: l
     return Plan(groups, head, weights)
 
 
-def _weights(model: nn.Module, config: EfftPeftConfig, names: list[str], head: list[str]) -> dict[str, Weight]:
+def _weights(model: nn.Module, config: Config, names: list[str], head: list[str]) -> dict[str, Weight]:
     structure = structure_of(model, head)
     for name in names:
         weight = structure.weights.get(name)
@@ -120,9 +132,7 @@ def _weights(model: nn.Module, config: EfftPeftConfig, names: list[str], head: l
     return {name: structure.weights[name] for name in names}
 
 
-def _groups(
-    model: nn.Module, config: EfftPeftConfig, weights: dict[str, Weight], changes: dict[str, Any]
-) -> Sequence[Any]:
+def _groups(model: nn.Module, config: Config, weights: dict[str, Weight], changes: dict[str, Any]) -> Sequence[Any]:
     """Group the given layers as in the paper. If the shapes do not allow this, group the layers by shape."""
     try:
         own = config.own(targets=list(weights), **changes)
@@ -136,7 +146,7 @@ def _end(name: str, ends: Iterable[str]) -> str:
     return next((end for end in ends if end and name.endswith(end)), "")
 
 
-def _head(model: nn.Module, config: EfftPeftConfig) -> list[str]:
+def _head(model: nn.Module, config: Config) -> list[str]:
     """Return the names of the modules that are trained as a whole.
 
     As in peft, ``modules_to_save`` contains endings of names. For some tasks peft adds the usual classifiers to it.
@@ -147,7 +157,7 @@ def _head(model: nn.Module, config: EfftPeftConfig) -> list[str]:
     return [name for name, _ in model.named_modules() if name.endswith(ends)] if ends else []
 
 
-def _settings(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> SimpleNamespace:
+def _settings(config: Config, target_modules: Any, head: list[str]) -> SimpleNamespace:
     """Return the settings that peft's own matching rules read."""
     return SimpleNamespace(
         target_modules=target_modules,
@@ -160,7 +170,7 @@ def _settings(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> S
     )
 
 
-def _matcher(config: EfftPeftConfig, target_modules: Any, head: list[str]) -> Callable[[str], bool]:
+def _matcher(config: Config, target_modules: Any, head: list[str]) -> Callable[[str], bool]:
     """Return a function that checks whether peft's rules select a name."""
     settings = _settings(config, target_modules, head if config.modules_to_save is not None else [])
     return lambda name: bool(check_target_module_exists(settings, name))

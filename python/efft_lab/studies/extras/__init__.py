@@ -1,11 +1,19 @@
-"""Study what should be trained beside the shared factors, and at which rates, on all tasks of ``local_long``.
+"""Study which parameters should be trained in addition to EFFT's shared factors, and at which learning rates.
 
     python -m benchmarks extras pack --folder FOLDER          # packs backbone and images for a machine without network
     python -m benchmarks extras run --folder FOLDER --list explore --seconds 200 --workers 4
+    python -m benchmarks extras summary                       # prints a table of the results
 
-Settings are judged on images that are used neither for training nor for tests: ``dev``, drawn from each task's pool.
-The rows of the stage ``explore`` train on 1000 other images of the pool. Rows of ``final`` use the training and test
-images of the suite (the 1000 of their seed and the first 1000 of the test set). Rows of ``search`` use the suite's 800
-training and 200 validation images. Runs advance together in stacks (:mod:`efft_lab.studies.stacked`). A list of
-settings is processed in order until the time is over.
+The additional parameters, such as biases and norms, are called extras. A setting is a method with its ranks, learning
+rates and extras. The study uses the tasks and the recipe of the suite ``local_long``. A run trains one setting on one
+task with one seed. There are three stages:
+
+- ``explore`` compares many settings. A run trains on 1000 images of the task's training pool and is evaluated on
+  ``dev``, up to 800 other images of the pool, and on the test images.
+- ``search`` selects settings on the suite's images. A run trains on the 800 training images of its seed and is
+  evaluated on its 200 validation images.
+- ``final`` trains on these 1000 images together and is evaluated on the suite's 1000 test images.
+
+Runs of the same structure advance together in one stack (:mod:`efft_lab.studies.stacked`). A list of settings is
+processed in order until the given time is over.
 """

@@ -1,4 +1,8 @@
-"""Run ``python -m benchmarks extras``: pack the data, run settings, or summarize the results."""
+"""Implement ``python -m benchmarks extras``, which packs the data, runs settings or summarizes the results.
+
+A setting is a method with its ranks, learning rates and additional trained parameters. A row is the result of one
+setting on one task with one seed. A role is a set of images for evaluation: ``dev``, ``val`` or ``test``.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +31,18 @@ TASKS = ("orientation", "count", "cifar10", "x-location", "animal-silhouettes", 
 
 
 def family(name: str) -> str:
-    """Return the family of a setting, whose settings differ only in their rate: ``lora r8`` of ``lora r8 lr 0.001``."""
+    """Return the name of a setting without its learning rate, such as ``lora r8`` for ``lora r8 lr 0.001``.
+
+    The settings of a family differ only in their learning rate.
+    """
     return name.split(" lr ")[0]
 
 
 def means(rows: Iterable[Mapping[str, Any]], role: str) -> dict[str, dict[str, float]]:
-    """Return by setting and task the mean accuracy over seeds, from the rows that have one; a failed run has 0."""
+    """Return the mean accuracy over seeds by setting and task, as ``means[setting][task]``.
+
+    Only rows that have an accuracy for the role are used. The accuracy of a run that diverged counts as 0.
+    """
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         if row.get(f"{role}_accuracy") is not None:
@@ -42,9 +52,10 @@ def means(rows: Iterable[Mapping[str, Any]], role: str) -> dict[str, dict[str, f
 
 
 def chosen(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """Return for each (family, task) the setting with the best validation accuracy, the first among equals.
+    """Return a mapping from each (family, task) to the setting with the best validation accuracy.
 
-    If there are no runs of the stage ``search``, the accuracy on ``dev`` decides.
+    If a family has no validation accuracy on a task, because it has no run of the stage ``search``, its accuracy on
+    ``dev`` decides. Of several settings with the same accuracy, the first one is returned.
     """
     best: dict[tuple[str, str], tuple[float, str]] = {}
     for role in ("val", "dev"):
@@ -59,9 +70,10 @@ def chosen(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], role: str = "dev") -> str:
-    """Return a table of the mean accuracy of each setting over the tasks, the best first.
+    """Return a table with the mean accuracy of each setting over the tasks, the best setting first.
 
-    A family with several rates has a line marked ``*``, in which each task has the rate that :func:`chosen` takes.
+    A family with several learning rates also has a line marked ``*``. In this line, each task has the accuracy of the
+    setting that :func:`chosen` returns.
     """
     table = means(rows, role)
     trained = {row["variant"]: row["trained"] for row in rows}
@@ -81,7 +93,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], role: str = "dev") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Pack the data, run settings, or summarize the results."""
+    """Run the command ``extras``."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks extras",
         description=extras.__doc__,
@@ -91,22 +103,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("packed"), help="folder of the packed files")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument(
-        "--list", default="explore", help="a list of efft_lab.studies.extras.lists, or a JSON file of variants"
+        "--list", default="explore", help="name of a function in efft_lab.studies.extras.lists, or a JSON file"
     )
-    parser.add_argument("--names", nargs="+", help="only settings whose name begins with one of these")
+    parser.add_argument("--names", nargs="+", help="run only settings whose names begin with one of these texts")
     parser.add_argument("--stage", choices=sorted(ROLES), default="explore")
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--epochs", type=int, help="number of epochs, instead of that of each setting")
+    parser.add_argument("--epochs", type=int, help="number of epochs, instead of the number in each setting")
     parser.add_argument("--drop-path", type=float, default=0.0)
     parser.add_argument(
-        "--chosen", type=Path, help="result file that says which setting of each family to run on each task"
+        "--chosen", type=Path, help="result file; run only the best setting of each family on each task in this file"
     )
-    parser.add_argument("--seconds", type=float, default=200)
+    parser.add_argument("--seconds", type=float, default=200, help="time limit of the command run")
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--most", type=int, default=48, help="number of runs at once in a process")
+    parser.add_argument("--most", type=int, default=48, help="maximum number of runs in a stack")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--graph", action="store_true")
-    parser.add_argument("--commit")
+    parser.add_argument("--graph", action="store_true", help="replay each step as a CUDA graph")
+    parser.add_argument("--commit", help="commit to record, if the folder is not a checkout")
     parser.add_argument("--out", type=Path, default=Path("extras.jsonl"))
     args = parser.parse_args(arguments)
     if args.command == "summary":

@@ -1,4 +1,7 @@
-"""Pack the backbone and the images of every seed, for a machine without network."""
+"""Pack the backbone and the images of every seed into files, for a machine without a network, and read these files.
+
+A role is a set of images with a purpose, such as ``train/0`` (the training images of seed 0), ``dev`` or ``test``.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,24 @@ from torch import Tensor
 from efft_lab import data
 from efft_lab.train import TrainConfig, build
 
-#: The seeds of the suite, and the seeds of the exploration.
+#: The seeds of the suite, and the seeds of the stage ``explore``.
 SEEDS, EXPLORED = (0, 1, 2, 3, 4), (10, 11, 12, 13)
-#: The largest number of images by which settings are judged.
+#: The maximum number of images in the role ``dev``.
 DEV = 800
-#: The number of images on which a run of the exploration trains.
+#: The number of images on which a run of the stage ``explore`` trains.
 TRAINED = 1000
 
 
 def pack_task(name: str, folder: Path, fields: Mapping[str, Any]) -> Path:
-    """Write the images that the seeds use, and the role of each image.
+    """Write a file with all images of a task that any seed needs, and with their roles. Return the path of the file.
 
-    Images that are larger than the input of the model are resized to the size of the input.
+    If the images are larger than the input of the model or have different sizes, they are resized to the size of the
+    input. Gray images are stored with one channel.
+
+    Args:
+        name: name of the task.
+        folder: folder for the file.
+        fields: fields of :class:`~efft_lab.train.TrainConfig`.
     """
     size = fields["image_size"]
     options: Any = {"image_size": size, "max_test": fields["max_test"]}
@@ -58,7 +67,7 @@ def pack_task(name: str, folder: Path, fields: Mapping[str, Any]) -> Path:
 
 
 def _resized(image: Any, size: int) -> Any:
-    """Return the image at ``size``, as ``efft_lab.data.Preprocess`` resizes it."""
+    """Resize an image to a square as :class:`efft_lab.data.task.Preprocess` does. Return an array of its pixels."""
     from PIL import Image
 
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
@@ -80,7 +89,15 @@ def _all_resized(pixels: Any, size: int) -> Any:  # uint8 [n, s, s, 1 or 3]
 
 
 def pack_base(folder: Path, fields: Mapping[str, Any], classes: Iterable[int]) -> Path:
-    """Write the backbone, with matrices in bf16 (as autocast reads them), and the initial classifiers of each seed."""
+    """Write a file with the backbone and with the initial classifiers of every seed. Return its path.
+
+    Matrices of the backbone are stored in bf16, the dtype to which autocast converts them.
+
+    Args:
+        folder: folder for the file.
+        fields: fields of :class:`~efft_lab.train.TrainConfig`.
+        classes: the numbers of classes of the tasks.
+    """
     config = TrainConfig.from_dict({**fields, "method": "linear"})
     state = build.create_model(config, 0).state_dict()
     rounded = {n: v.to(torch.bfloat16) if v.dim() > 1 and n.endswith(".weight") else v for n, v in state.items()}
@@ -93,7 +110,7 @@ def pack_base(folder: Path, fields: Mapping[str, Any], classes: Iterable[int]) -
     arrays: dict[str, Any] = {}
     for name, value in rounded.items():
         plain = value.contiguous().view(torch.int16) if value.dtype == torch.bfloat16 else value
-        if value.dtype == torch.bfloat16:  # the bytes of the exponents compress well when they are stored separately
+        if value.dtype == torch.bfloat16:  # the high bytes, with the exponents, compress well if stored separately
             planes = plain.numpy().view(np.uint8).reshape(*value.shape, 2)
             arrays |= {f"{name}/low": planes[..., 0].copy(), f"{name}/high": planes[..., 1].copy()}
         else:
@@ -103,7 +120,7 @@ def pack_base(folder: Path, fields: Mapping[str, Any], classes: Iterable[int]) -
 
 
 def read_base(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors that :func:`pack_base` wrote, in fp32."""
+    """Return the tensors that :func:`pack_base` wrote. Matrices are converted back to fp32."""
     found: dict[str, Tensor] = {}
     with np.load(folder / "base.npz") as file:
         for name in file.files:
@@ -117,13 +134,20 @@ def read_base(folder: Path) -> dict[str, Tensor]:
 
 
 class Packed:
-    """The packed data on a device.
+    """The packed data in memory.
 
     Args:
         folder: the folder with the files.
         tasks: names of the tasks to read.
         fields: fields of :class:`~efft_lab.train.TrainConfig`.
-        device: the device of the images.
+        device: the device for the images and labels.
+
+    Attributes:
+        base: the backbone with an arbitrary classifier, on the CPU.
+        classes: maps each task to its number of classes.
+        pixels: images of all tasks, uint8 [n, 3, size, size].
+        labels: labels of these images, [n].
+        roles: maps (task, role) to the positions of its images in ``pixels``.
     """
 
     def __init__(
@@ -153,5 +177,5 @@ class Packed:
         self.pixels, self.labels = torch.cat(pixels).to(device), torch.cat(labels).to(device)
 
     def head(self, task: str, seed: int) -> dict[str, Tensor]:
-        """Return the initial classifier of a run."""
+        """Return the initial parameters of the classifier for a task and a seed."""
         return {f"head.{k}": self.heads[f"heads/{seed}/{self.classes[task]}.{k}"] for k in ("weight", "bias")}

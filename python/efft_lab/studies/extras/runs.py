@@ -1,4 +1,8 @@
-"""Run settings in stacks, in several processes, until the time is over."""
+"""Train runs in stacks, in several processes, until the time is over.
+
+A run trains one setting on one task with one seed. A stack is a group of runs that advance together
+(:mod:`efft_lab.studies.stacked`). All runs of a stack have the same structure (:meth:`Variant.structure`) and stage.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +24,15 @@ from efft_lab.studies.extras.variants import Run, Variant, config_of, kind_of, r
 from efft_lab.studies.stacked import Stack, Start
 from efft_lab.train.build import EpochBatches
 
-#: The images on which each stage trains.
+#: Maps each stage to the role of the images on which its runs train (see :mod:`efft_lab.studies.extras.packed`).
 ROLES = {"explore": "explore", "search": "train", "final": "trainval"}
 
 
 def batches_of(runs: Sequence[Run], packed: Packed, epochs: int, batch: int) -> Tensor:
-    """Return the positions of each step's images, in the trainer's order, [steps, K, batch]."""
+    """Return the positions of the images of each step of K runs, [steps, K, batch].
+
+    The order is the same as in :func:`efft_lab.train.run`.
+    """
     found = []
     for run in runs:
         images = packed.roles[run.task, f"{ROLES[run.stage]}/{run.seed}"]
@@ -47,7 +54,17 @@ def train_stack(
     due: Any = lambda: False,
     starts: dict[Any, Start] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train runs of one structure and stage and return their rows, or no rows if the time ran out before they ended."""
+    """Train the runs of one stack, evaluate them, and return one row (a line of the result file) per run.
+
+    Args:
+        runs: the runs, which have the same structure and stage.
+        packed: the packed data.
+        fields: fields of :class:`~efft_lab.train.TrainConfig`.
+        device: the device.
+        graph: whether to replay each step as a CUDA graph.
+        due: function that returns True if the time is over. Training then stops, and no rows are returned.
+        starts: cache for the initial parameters of settings, which several stacks may need.
+    """
     clock = time.perf_counter()
     variant = runs[0].variant
     starts = {} if starts is None else starts
@@ -111,19 +128,19 @@ def train_stack(
 
 
 def settings_of(variant: Variant) -> dict[str, Any]:
-    """Return the settings in which a variant differs from a plain one."""
+    """Return the fields of a variant that do not have their default value, without the name."""
     plain = Variant("")
     values = {f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}
     return {k: v for k, v in values.items() if k != "name" and v != getattr(plain, k)}
 
 
 def stacks(runs: Iterable[Run], most: int, full: int) -> Iterator[list[Run]]:
-    """Yield the runs of a list in stacks of one structure and stage, in the order of the first of each.
+    """Yield stacks that together contain all runs, in the order of their first runs.
 
     Args:
         runs: the runs, in order of importance.
-        most: largest number of runs in a stack.
-        full: largest number of runs in a stack of the method ``full``.
+        most: maximum number of runs in a stack.
+        full: maximum number of runs in a stack of the method ``full``, which needs more memory.
     """
     open_: dict[str, list[list[Run]]] = {}
     order: list[list[Run]] = []
@@ -149,12 +166,27 @@ def work(
     facts: Mapping[str, Any],
     fields: Mapping[str, Any],
 ) -> None:
-    """Take stacks from a queue until it is empty or the time (of ``time.time``) is over."""
+    """Train stacks from a queue and append their rows to a file, until the queue is empty or the time is over.
+
+    A stack does not start if it would probably not end before the deadline.
+
+    Args:
+        index: number of this process, for messages.
+        jobs: queue of stacks.
+        folder: the folder of the packed files.
+        tasks: names of the tasks of all stacks.
+        out: the file of JSON lines.
+        deadline: end of the time, as returned by ``time.time``.
+        device: the device.
+        graph: whether to replay each step as a CUDA graph.
+        facts: fields to add to every row.
+        fields: fields of :class:`~efft_lab.train.TrainConfig`.
+    """
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
     packed = Packed(folder, tasks, fields, device)
     starts: dict[Any, Start] = {}
-    pace = 0.0  # measured seconds per run and step
+    pace = 0.0  # measured seconds per run and epoch in the last stack
     print(f"worker {index}: ready, {deadline - time.time():.0f} s left", flush=True)
     while True:
         try:
@@ -170,7 +202,7 @@ def work(
         except Exception as error:
             rows = []
             print(f"worker {index}: {runs[0].variant.name}: {type(error).__name__}: {error}", flush=True)
-            if graph:  # plain launches may work where a graph does not
+            if graph:  # the stack may work without a CUDA graph
                 rows = _again(runs, packed, fields, device, deadline, starts, index)
         if device != "cpu":
             torch.cuda.empty_cache()
@@ -216,20 +248,20 @@ def run_list(
     commit: str | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> None:
-    """Process runs in order in several processes; append rows to ``out`` whenever a stack ends.
+    """Train runs in order in several processes. Rows are appended to ``out`` whenever a stack ends.
 
     Args:
         runs: the runs, in order of importance.
         folder: the folder of the packed files.
         out: the file of JSON lines to append to.
-        seconds: the time from now; a stack that would not end within it does not start.
+        seconds: time limit. A stack does not start if it would probably end later, and stops if it takes longer.
         workers: number of processes.
-        most: largest number of runs in a stack.
-        full: largest number of runs in a stack of the method ``full``.
+        most: maximum number of runs in a stack.
+        full: maximum number of runs in a stack of the method ``full``.
         device: the device of all processes.
-        graph: whether each step is replayed as a CUDA graph.
-        commit: the commit to record in the rows if there is no checkout.
-        fields: fields of :class:`~efft_lab.train.TrainConfig`; by default those of the suite.
+        graph: whether to replay each step as a CUDA graph.
+        commit: the commit to record in the rows, instead of the commit of the checkout.
+        fields: fields of :class:`~efft_lab.train.TrainConfig`; by default, those of the suite ``local_long``.
     """
     deadline = time.time() + seconds
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -249,5 +281,5 @@ def run_list(
 
 
 def runs_of(variants: Iterable[Variant], tasks: Sequence[str], seeds: Sequence[int], stage: str) -> list[Run]:
-    """Return a run of every setting on every task, one setting after the other."""
+    """Return one run for each setting, seed and task, one setting after the other."""
     return [Run(variant, task, seed, stage) for variant in variants for seed in seeds for task in tasks]

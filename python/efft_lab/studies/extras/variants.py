@@ -1,4 +1,7 @@
-"""Define the settings of the study and create the initial parameters of their runs."""
+"""Define the settings (variants) of the study and create the initial parameters of their runs.
+
+Extras are trained parameters other than the factors of a method and the head, such as biases and norms.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ from efft_lab.train.methods import METHODS
 
 #: The linear layers of a block.
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-#: The kinds of parameters that every setting trains.
+#: The kinds of parameters that a setting trains by default.
 OWN = ("sides", "cores", "lora_A", "lora_B", "own_A", "own_B", "head")
-#: The kinds of parameters that a layer has only if a setting names them.
+#: The kinds of parameters that layers have only if the ``rates`` of a setting name them.
 SPECIAL = ("diagonal_in", "diagonal_out", "gain")
 
 
@@ -30,19 +33,24 @@ class Variant:
     """One setting.
 
     Attributes:
-        name: name of the row.
-        method: efft, fact_tt, peft_lora, linear (with ``rates``: only what these name is trained) or full.
+        name: name of the setting in result files.
+        method: "efft", "fact_tt", "peft_lora", "linear" (trains only the head and the kinds in ``rates``) or "full"
+            (trains everything).
         settings: fields of the method's configuration.
-        lr: peak rate.
-        rates: the rate of each kind of parameter, as a multiple of ``lr``. These kinds have 1 if they are not named:
-            sides (or sides.U, sides.V), cores, lora_A, lora_B, own_A, own_B, head. These have 0: biases (or
-            biases.qkv, .proj, .fc1, .fc2), norms (or norms.weight, norms.bias), gammas (of layer scales), diagonal_in
-            and diagonal_out (of updates), gain (of the outputs of frozen layers). The method full trains everything.
+        lr: peak learning rate, the base rate.
+        rates: maps kinds of parameters to their learning rates as multiples of ``lr``. The following kinds have the
+            multiple 1 by default: sides (U and V; or only sides.U or sides.V), cores, lora_A, lora_B, own_A, own_B and
+            head. The following kinds are trained only if they are named: biases (or only biases.qkv, biases.proj,
+            biases.fc1 or biases.fc2), norms (or only norms.weight or norms.bias), gammas (of layer scales),
+            diagonal_in and diagonal_out (diagonal factors of the updates), and gain (factors of the outputs of frozen
+            layers).
         movement: movement of the automatic scale, see :data:`efft_kernels.nn.initialization.MOVEMENT`.
-        own: rank of an additional update in LoRA's form, which each layer has beside the shared factors.
-        start: "paper", or "orthogonal": sides have orthonormal columns and cores are orthogonal matrices, with the same
-            norms.
-        precondition: see :meth:`efft_lab.studies.stacked.Stack.preconditioned`.
+        own: rank of an additional update that is not shared: each layer has its own matrices own_A and own_B as in
+            LoRA.
+        start: initial values of EFFT's factors. "paper": as in the paper. "orthogonal": all factors that are not zero
+            are replaced by matrices with orthonormal columns or rows, scaled to the same norm.
+        precondition: whether gradients are preconditioned, see
+            :func:`efft_lab.studies.stacked.precondition.preconditioned`.
         epochs: number of epochs of training.
     """
 
@@ -58,7 +66,7 @@ class Variant:
     epochs: int = 10
 
     def rate(self, kind: str) -> float:
-        """Return the peak rate of a kind of parameter, or 0 if it is not trained."""
+        """Return the peak learning rate of a kind of parameter, or 0 if this kind is not trained."""
         family = kind.split(".")[0]
         default = 1.0 if self.method == "full" or family in OWN else 0.0
         return self.lr * self.rates.get(kind, self.rates.get(family, default))
@@ -77,7 +85,7 @@ class Variant:
 
 
 class Run(NamedTuple):
-    """One run: a setting on a task; ``stage`` is explore, search or final."""
+    """A training of one setting on one task with one seed. ``stage`` is "explore", "search" or "final"."""
 
     variant: Variant
     task: str
@@ -86,7 +94,7 @@ class Run(NamedTuple):
 
 
 def kind_of(name: str, variant: Variant) -> str | None:
-    """Return the kind of a parameter, or None if no run of the variant's structure trains it."""
+    """Return the kind of a parameter, or None if the method of the variant cannot train the parameter."""
     parent, _, last = name.rpartition(".")
     if name.startswith("head."):
         return "head"
@@ -104,12 +112,12 @@ def kind_of(name: str, variant: Variant) -> str | None:
 
 
 def recipe() -> dict[str, Any]:
-    """Return the fields of the suite ``local_long``."""
+    """Return the fields of ``TrainConfig`` that all runs of the suite ``local_long`` share."""
     return dict(suites.load("local_long").train)
 
 
 def config_of(variant: Variant, seed: int, fields: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration for the ordinary trainer, without the extras."""
+    """Return the configuration of a run for :func:`efft_lab.train.run`, which ignores the extras."""
     values: dict[str, Any] = {**fields, "method": variant.method, "seed": seed, "lr": variant.lr}
     values |= {"epochs": variant.epochs, "protocol": "final"}
     if variant.method == "efft":
@@ -121,12 +129,12 @@ def config_of(variant: Variant, seed: int, fields: Mapping[str, Any]) -> TrainCo
 
 
 def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, Any]) -> Start:
-    """Return the initial parameters that the trainer would use, with the extras.
+    """Return the initial parameters that :func:`efft_lab.train.run` would use, and those of the extras.
 
     Args:
         variant: the setting.
         seed: the seed of the run.
-        base: the pretrained model, with any classifier; a copy is adapted.
+        base: the pretrained model, with any classifier. It is not changed.
         fields: fields of :class:`~efft_lab.train.TrainConfig`.
     """
     from accelerate.utils import set_seed
@@ -138,7 +146,7 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
     start = Start.of(model)
     start.parameters.update(
         {n: p.detach() for n, p in base.named_parameters()}
-    )  # runs share one copy of the parameters that no run changes
+    )  # all runs then share the memory of parameters that they do not train
     generator = torch.Generator().manual_seed(seed)
     if variant.method == "efft":
         for name in model.efft:
@@ -156,7 +164,7 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
         for kind, d in (("diagonal_in", d_in), ("diagonal_out", d_out), ("gain", d_out)):
             if kind in variant.rates:
                 start.parameters[f"{layer}.{kind}"] = torch.ones(d)
-        if variant.own:  # same initial values as in peft
+        if variant.own:  # the initial values have the same distribution as in peft
             bound = d_in**-0.5
             drawn = torch.rand(variant.own, d_in, generator=generator)
             start.parameters[f"{layer}.own_A"] = drawn * 2 * bound - bound
@@ -165,7 +173,10 @@ def start_of(variant: Variant, seed: int, base: nn.Module, fields: Mapping[str, 
 
 
 def _orthogonal(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a matrix, or a batch, with orthonormal columns (or rows) at the norm of ``value``."""
+    """Return random matrices that have orthogonal columns or rows, and the shape and the norm of ``value``.
+
+    The columns are orthogonal if there are at most as many columns as rows. Otherwise, the rows are orthogonal.
+    """
     drawn = torch.randn(value.shape, generator=generator)
     wide = drawn.shape[-1] > drawn.shape[-2]
     q = torch.linalg.qr(drawn.mT if wide else drawn)[0]

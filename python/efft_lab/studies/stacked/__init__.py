@@ -1,13 +1,13 @@
-"""Advance many fine-tuning runs of one ViT at once: the frozen weights are read once for all of them.
+"""Train many fine-tuning runs of one ViT together, as a stack.
 
-A run of the suite ``local_long`` takes 620 steps of 272 tokens, so a GPU mostly waits for its launches. Here ``K`` runs
-that train the same tensors advance together, with different values, tasks, seeds and rates. Products with frozen
-weights read the tokens of all runs as one matrix. Products with trained weights are batched, and AdamW updates one
-tensor ``[K, parameters]``.
+A run of the suite ``local_long`` takes 620 steps of only 272 tokens. A GPU would therefore mostly wait for the launches
+of its kernels. In a stack, K runs that train the same tensors advance together. Their values, tasks, seeds and learning
+rates may differ. For products with frozen weights, the tokens of all runs form one matrix. Products with trained
+weights are batched, and AdamW updates one tensor ``[K, parameters]``.
 
-Each run starts with the same parameters as in :func:`efft_lab.train.run`: the library creates and adapts the model for
-that seed. The order of the images, the schedule and the arithmetic are also those of the trainer. Only the forward pass
-is reimplemented here, for timm's ViT. A test compares it with the forward pass of the library.
+Each run starts with the same parameters as in :func:`efft_lab.train.run`, because the library creates and adapts the
+model for its seed. The order of the images, the schedule and the arithmetic are also those of the trainer. Only the
+forward pass of timm's ViT and AdamW are implemented again here. A test compares the results with those of the trainer.
 """
 
 from efft_lab.studies.stacked.stack import Stack, schedule

@@ -1,4 +1,8 @@
-"""Compute the forward pass of timm's ViT for K runs at once."""
+"""Compute the forward pass of timm's ViT for K runs at once.
+
+For an input x of an adapted linear layer, the update adds ``x D G`` to the output. D and G are the operands of the
+layer (:mod:`efft_lab.studies.stacked.operands`). A leading dimension K has one entry per run.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,15 @@ class Forward:
     """Compute the logits of K runs from the shared frozen parameters and the trained parameters of each run.
 
     Args:
-        starts: the start of each run. All starts have parameters of the same names and shapes, except the classifier.
+        starts: the start of each run. The names and shapes of their parameters must be equal, except for the shapes of
+            the classifier.
         classes: number of outputs of each run.
-        kinds: the kind of each trained parameter, by name; all other parameters are those of the first start.
-        amp: autocast type.
-        drop_path: rate of stochastic depth in the last block; it grows from 0 in the first, as in timm.
+        kinds: maps the name of each trained parameter to its kind, such as "cores" or "norms.bias". All other
+            parameters are frozen and are taken from the first start.
+        amp: dtype for autocast (fp32 or bf16).
         device: the device of the runs.
+        drop_path: rate of stochastic depth in the last block. The rate grows linearly from 0 in the first block, as in
+            timm.
     """
 
     def __init__(
@@ -58,9 +65,9 @@ class Forward:
             self.forbidden[run, :, n:] = -torch.inf
 
     def flat(self, starts: Sequence[Start]) -> Tensor:
-        """Return the trained parameters of all runs at their start, [K, parameters] in fp32.
+        """Return the initial values of the trained parameters of all runs, fp32 [K, parameters].
 
-        The classifier of a run has rows of zeros for the classes that only other runs have.
+        If a run has fewer classes than another run, its classifier is padded with zeros.
         """
         runs = []
         for start in starts:
@@ -70,13 +77,19 @@ class Forward:
         return torch.stack(runs).to(self.device)
 
     def parameters(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return all parameters by name. Trained parameters have a leading dimension [K, ...]."""
+        """Return all parameters by name. Trained parameters are views of ``flat`` and have the shape [K, ...]."""
         parts = flat.split(self.sizes, 1)
         trained = {n: part.unflatten(1, s) for (n, s), part in zip(self.shapes.items(), parts, strict=True)}
         return {**self.frozen, **trained}
 
     def __call__(self, flat: Tensor, images: Tensor, training: bool) -> Tensor:  # -> [K, batch, most classes]
-        """Return the logits of every run for its own images [K, batch, 3, size, size]."""
+        """Compute the logits of every run.
+
+        Args:
+            flat: the trained parameters, [K, parameters].
+            images: the images of each run, [K, batch, 3, size, size].
+            training: whether to use dropout and stochastic depth.
+        """
         p = self.parameters(flat)
         with torch.autocast(self.device.type, enabled=False):
             operands = operands_of(p, self.first, self.scales, self.keep if training else None)
@@ -102,7 +115,10 @@ class Forward:
             return self.linear(p, {}, "head", x).float() + self.forbidden
 
     def aligned(self, p: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
-        """Return a parameter that broadcasts over the dimensions between the runs and its own."""
+        """Return a parameter in a shape that broadcasts to a tensor with ``dims`` dimensions [K, ...].
+
+        A trained parameter gets dimensions of size 1 between K and its own dimensions.
+        """
         value = p[name]
         if name not in self.kinds:
             return value
@@ -112,7 +128,7 @@ class Forward:
         return value.view(self.runs, *[1] * (dims - 1 - len(own)), *own)
 
     def kept(self, x: Tensor, drop: float, batch: int) -> Tensor:  # [K, batch * tokens, d]
-        """Return the branch with some images dropped by stochastic depth, and the others rescaled."""
+        """Apply stochastic depth to the output x of a branch: set it to 0 for some images, and rescale the others."""
         if drop == 0:
             return x
         keep = torch.rand(len(x), batch, 1, 1, device=x.device) >= drop
@@ -129,7 +145,11 @@ class Forward:
         return torch.addcmul(self.aligned(p, f"{name}.bias", 3), plain, self.aligned(p, f"{name}.weight", 3))
 
     def linear(self, p: Mapping[str, Tensor], operands: Operands, name: str, x: Tensor) -> Tensor:
-        """Return ``x Wᵀ * gain + [x D, 1] [G; b]``, where each run's bias is a row of its update; x is [K, n, d_in]."""
+        """Compute a linear layer with its gain and its update, ``x Wᵀ * gain + x D G + b``, for x [K, n, d_in].
+
+        If W and b are both frozen, b is instead added before the multiplication with the gain. Otherwise, b is added
+        together with the update, as ``[x D, 1] [G; b]``.
+        """
         W, bias = p[f"{name}.weight"], p[f"{name}.bias"]
         if W.dtype != x.dtype and self.amp != torch.float32:
             x = x.to(self.amp)
@@ -145,7 +165,7 @@ class Forward:
             return y
         rows = [bias if trained else bias.expand(self.runs, -1)] if trained or own else []
         D, G = operands.get(name, (x.new_zeros(1, x.shape[-1], 0), y.new_zeros(self.runs, 0, y.shape[-1])))
-        spare = 8 - D.shape[-1] % 8 if rows or D.shape[-1] % 8 else 0  # tensor cores need rows of 16 bytes
+        spare = 8 - D.shape[-1] % 8 if rows or D.shape[-1] % 8 else 0  # Tensor Cores need a multiple of 8
         h = torch.bmm(x, functional.pad(D.to(x.dtype), (0, spare)).expand(self.runs, -1, -1))
         if rows:
             h = h + (torch.arange(h.shape[-1], device=self.device) == D.shape[-1])

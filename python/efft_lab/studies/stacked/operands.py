@@ -1,4 +1,8 @@
-"""Compute D and G of every adapted layer of K runs, contracted in fp32 as the library contracts them."""
+"""Compute the operands D and G of every adapted layer of K runs from the factors of the runs.
+
+The update of a linear layer adds ``x D G`` to its output for an input x. As in the library, D and G are computed in
+fp32. A bank is a set of factors U, C and V that several layers share. A site is the place of a layer in its bank.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,20 @@ from efft.methods.base import Blocks
 from efft_kernels import Site
 from efft_lab.studies.stacked.start import Start
 
-#: The operands of each update by the name of its layer: D [K or 1, d_in, r] and G [K, r, d_out].
+#: Maps the name of each adapted layer to its operands D [K or 1, d_in, r] and G [K, r, d_out].
 Operands = dict[str, tuple[Tensor, Tensor]]
 
 Parameters = Mapping[str, Tensor]
 
 
 def operands_of(p: Parameters, start: Start, scales: Parameters, keep: Tensor | None) -> Operands:
-    """Return the operands of the updates of all layers.
+    """Return the operands of all adapted layers.
 
     Args:
-        p: the parameters; trained ones are [K, ...].
+        p: all parameters by name. Trained parameters are [K, ...].
         start: the start of one of the runs.
-        scales: the scale of each bank, [K].
-        keep: for each run the probability that an element of a factor is kept, [K]; None if nothing is dropped.
+        scales: maps the name of each bank to the scales of its updates, [K].
+        keep: for each run, the probability that an element of a factor is not dropped, [K]; None without dropout.
     """
     found: Operands = {}
     for bank, scale in scales.items():

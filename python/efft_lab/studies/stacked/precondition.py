@@ -1,4 +1,9 @@
-"""Precondition the gradients of a train's factors by the metric of its updates."""
+"""Precondition the gradients of the factors of a tensor train.
+
+The tensor train updates matrix i by ``U C_i V``. The gradient of each factor is multiplied by inverses of matrices that
+depend on the other factors. The size of these other factors then has less influence on how far a step moves the
+updates.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +12,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-#: The damping of :func:`preconditioned`.
+#: Multiple of the identity that :func:`inverse` adds to a matrix.
 DAMPING = 0.01
-#: The steps of Newton's iteration, which suffice for a condition number of 10 / DAMPING.
+#: Number of steps of Newton's iteration, which suffice for a condition number of 10 / DAMPING.
 _ITERATIONS = 16
 
 
 def inverse(matrix: Tensor) -> Tensor:
-    """Return the inverse of positive matrices [..., r, r], scaled and damped (see :func:`preconditioned`).
+    """Return damped inverses of positive semidefinite matrices [..., r, r], computed by Newton's iteration.
 
-    It is computed by Newton's iteration.
+    Before a matrix is inverted, it is divided by the mean of its diagonal, and `DAMPING` times the identity is added. A
+    matrix of zeros is replaced by the identity.
     """
     r = matrix.shape[-1]
     eye = torch.eye(r, device=matrix.device)
@@ -30,14 +36,14 @@ def inverse(matrix: Tensor) -> Tensor:
 
 @torch.no_grad()
 def preconditioned(factors: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return dU (sum of C V Vᵀ Cᵀ)⁻¹, (Uᵀ U)⁻¹ dC (V Vᵀ)⁻¹ and (sum of Cᵀ Uᵀ U C)⁻¹ dV.
+    """Return the preconditioned gradients of one tensor train in each of K runs.
 
-    Each matrix is divided by the mean of its diagonal, and `DAMPING` is added to it. If a factor is zero, the matrix is
-    the identity.
+    For the gradients dU, dC and dV, the results are ``dU (Σ C V Vᵀ Cᵀ)⁻¹``, ``(Uᵀ U)⁻¹ dC (V Vᵀ)⁻¹`` and
+    ``(Σ Cᵀ Uᵀ U C)⁻¹ dV``. The sums are over all cores, and the inverses are those of :func:`inverse`.
 
     Args:
-        factors: U [K, d_in, r1], C [K, layers, cores, r1, r2] and V [K, r2, d_out] of one bank in each of K runs.
-        gradients: the gradients of these factors.
+        factors: U [K, d_in, r1], C [K, layers, cores, r1, r2] and V [K, r2, d_out].
+        gradients: the gradients of these factors, with the same shapes.
     """
     U, C, V = (factors[name] for name in "UCV")
     of_U, of_V = U.mT @ U, V @ V.mT  # [K, r, r]

@@ -1,4 +1,4 @@
-"""Hold the state of K runs and advance them step by step."""
+"""Hold the state of K runs that form a stack, and advance them together step by step."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ class Stack:
     """The state of K runs that train the same tensors.
 
     Args:
-        starts: the start of each run. All starts have parameters of the same names and shapes, except the classifier.
+        starts: the start of each run. The names and shapes of their parameters must be equal, except for the shapes of
+            the classifier.
         classes: number of outputs of each run.
-        kinds: the kind of each parameter that some run trains, by name.
-        rates: for each run, the peak learning rate of each kind of parameter. Parameters with rate 0 are not trained.
+        kinds: maps the name of each parameter that at least one run trains to its kind, such as "cores" or
+            "norms.bias".
+        rates: for each run, a mapping from kinds of parameters to peak learning rates. Parameters with the rate 0 are
+            not trained.
         batches: positions in ``pixels`` of the images of each step and run, [steps, K, batch].
         pixels: uint8 images [n, 3, size, size] of all tasks.
         labels: the labels of these images, [n].
-        config: the recipe; every run has the same number of steps.
+        config: configuration with the other settings, which are the same for all runs.
         updates_per_epoch: number of updates per epoch, for the schedule.
-        precondition: see :func:`efft_lab.studies.stacked.precondition.preconditioned`.
+        precondition: whether to precondition gradients, see
+            :func:`efft_lab.studies.stacked.precondition.preconditioned`.
         device: the device of the runs.
     """
 
@@ -63,15 +67,19 @@ class Stack:
         offset, slope = schedule(config, updates_per_epoch, steps)
         counts = torch.arange(1, steps + 1, dtype=torch.float64)
         table = [offset, slope, 1 - 0.9**counts, (1 - 0.999**counts).sqrt()]
-        self.table = torch.stack(table, 1).float().to(device)  # [steps, 4]
+        self.table = torch.stack(table, 1).float().to(device)  # [steps, 4]: schedule, and Adam's bias corrections
         self.losses = torch.zeros(steps, len(starts), device=device)
 
     def images(self, positions: Tensor) -> Tensor:
-        """Return the inputs [K, batch, 3, size, size] for positions [K, batch], as ``efft_lab.data.Preprocess``."""
+        """Return the normalized images [K, batch, 3, size, size] at positions [K, batch]."""
         return self.pixels[positions].float().div(255).sub(self.mean).div(self.std)
 
     def step(self) -> None:
-        """Update every run once. Nothing in it depends on the host, so that a CUDA graph can replay it."""
+        """Update every run once.
+
+        All state is in tensors on the device, including the number of the step. A CUDA graph can therefore replay this
+        function.
+        """
         positions = self.batches.index_select(0, self.t)[0]  # [K, batch]
         offset, slope, one, two = self.table.index_select(0, self.t)[0].unbind()
         flat = self.flat.detach().requires_grad_()
@@ -91,7 +99,7 @@ class Stack:
         self.t.add_(1)
 
     def turn(self, g: Tensor) -> None:
-        """Replace the gradients of the banks' factors by preconditioned gradients."""
+        """Replace the gradients of the factors by preconditioned gradients, in place."""
         factors, gradients = self.forward.parameters(self.flat), self.forward.parameters(g)
         for bank in self.forward.scales:
             names = {factor: f"efft.{bank}.{factor}" for factor in "UCV"}
@@ -100,19 +108,23 @@ class Stack:
                 of_bank[1][factor].copy_(value)
 
     def train(self, steps: int, graph: bool = False, due: Callable[[], bool] = lambda: False) -> bool:
-        """Advance by ``steps`` and return True, or return False if ``due`` reports that the time is over."""
+        """Advance all runs by a number of steps.
+
+        The function ``due`` is called every 20 steps. If it returns True, training stops, and the result is False.
+        After the last step, the result is True.
+        """
         replay = self.captured() if graph else self.step
         for step in range(steps):
             replay()
             if step % 20 == 19:
-                if self.device.type == "cuda":  # the host launches ahead of the device
+                if self.device.type == "cuda":  # the host can be many steps ahead of the GPU
                     torch.cuda.synchronize()
                 if due():
                     return False
         return True
 
     def captured(self) -> Callable[[], None]:
-        """Return the step as a CUDA graph."""
+        """Capture :meth:`step` as a CUDA graph, and return the function that replays it. The state is not changed."""
         kept = [(x, x.clone()) for x in (self.flat, self.m, self.v, self.t, self.losses)]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -130,7 +142,7 @@ class Stack:
 
     @torch.no_grad()
     def evaluate(self, positions: Tensor, batch: int = 250) -> Tensor:
-        """Return for each run the share of right answers over its own images, positions [K, n], as a tensor [K]."""
+        """Return the accuracy of each run, [K], on its images at the given positions, [K, n]."""
         right = torch.zeros(len(self.flat), device=self.device)
         for part in positions.to(self.device).split(batch, 1):
             predicted = self.forward(self.flat, self.images(part), training=False).argmax(-1)
@@ -139,9 +151,9 @@ class Stack:
 
 
 def schedule(config: TrainConfig, updates_per_epoch: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Return (offset, slope) of every update: a group of peak rate ``lr`` has ``offset + slope lr``.
+    """Return two fp64 tensors [steps], offset and slope, that describe the learning rate of every update.
 
-    Both are fp64, [steps].
+    The learning rate of a parameter group with the peak learning rate ``lr`` is ``offset + slope * lr``.
     """
     dummies = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 2.0)]
     optimizer = torch.optim.SGD(dummies)

@@ -1,4 +1,4 @@
-"""Describe the start of a run: the initial parameters of a model that the library or peft adapted."""
+"""Describe the start of a run: the initial parameters and the structure of an adapted timm ViT."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from efft.adapting.adapter import adapted_layers
 
 @dataclass(frozen=True)
 class Start:
-    """Initial parameters of one run.
+    """The start of one run.
 
     Attributes:
-        parameters: every parameter by name; those of peft's layers have the names that they have without peft.
-        sites: for EFFT and FacT-TT, (name of the bank, site) by the name of the layer.
+        parameters: all parameters by name. Layers that peft has wrapped keep the names that they have without peft.
+        sites: for EFFT and FacT-TT, a mapping from the name of each adapted layer to (name of the bank, site). A bank
+            is a set of shared factors, and the site is the place of the layer in the bank.
         scales: maps the name of each bank (``lora`` for LoRA) to the scale of its updates.
-        dropout: dropout of EFFT's factors.
+        dropout: dropout rate of EFFT's factors.
         heads: number of attention heads.
+        patch: height and width of a patch in pixels.
+        eps: epsilon of the layer norms.
     """
 
     parameters: dict[str, Tensor]

@@ -1,9 +1,9 @@
-"""Define models and adapters in the first file format, and their outputs.
+"""Define the models and configurations of the adapters that were saved in the first file format.
 
     PYTHONPATH=.:python:<this checkout> python -m tests.efft.saving.old_adapters.models FOLDER
 
-This command, run in a checkout of commit fd60874 (the last one that wrote this format), created the folders next to
-this file.
+This command, run in a checkout of commit fd60874 (the last commit that wrote this format), created the folders next to
+this file. Each folder holds an adapter and the logits of the adapted model.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def base(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return the model; its weights are equal on every machine."""
+    """Return the model, with weights that are equal on every machine."""
     model = build()
     fill(model.parameters(), 1.0)
     return model
