@@ -11,9 +11,8 @@
 // - sample: one entry of a batch in which every entry has its own factors. Without such a batch there is one sample.
 // - splits: the ranges into which the tokens are divided, so that several blocks can sum over them in parallel.
 // - second generation: the kernels for compute capability 9.0 that only EFFT_SM90_GENERATION=2 selects.
-// - third generation: the second generation with another kernel for products (lowrank_gemm_pingpong_sm90.cu), which
-// only
-//   EFFT_SM90_GENERATION=3 selects. "From the second generation on" includes the third generation.
+// - third generation: the second generation with another kernel for products, lowrank_gemm_pingpong_sm90.cu. Only
+//   EFFT_SM90_GENERATION=3 selects it. "From the second generation on" includes the third generation.
 //
 // Matrices and sizes are named as in efft_kernels/triton/lowrank_gemm.py: Y = A B + bias + H T with H = A P. M is the
 // number of tokens of a sample, and R is the rank. In the forward pass, K is d_in and N is d_out. In the backward pass,
@@ -90,8 +89,8 @@ struct Project {
 cudaError_t project(const Project& op, cudaStream_t stream);
 
 // Describes the sums over all tokens in the backward pass of a layer: dG = h^T gy and dD = x^T dh. The sums are
-// computed in float and written in the types factors_G and factors_D. From the second generation on,
-// the launch also computes other sums, if they are needed:
+// computed in float and written in the types factors_G and factors_D. From the second generation on, the
+// launch also computes other sums, if they are needed:
 // - db, the gradient of the bias, is the sum of gy.
 // - dbeta and dgamma are the gradients of the parameters of a layer norm that runs directly before the layer. dbeta is
 //   the sum of da, the gradient of the norm's output. dgamma is the sum of da (z - mean) rstd, where z is the input of

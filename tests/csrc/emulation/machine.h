@@ -116,26 +116,29 @@ bool is_multiplied(size_t block, uint32_t address, uint32_t bytes);
 // after the write, or 0 if there is none.
 size_t unfenced_writer(size_t block, uint32_t address, uint32_t bytes);
 
-// A tile that a store copies from shared memory, by a tensor map.
+// A tile that a bulk store copies from shared memory to a tensor.
 struct TileStore {
   std::vector<unsigned char> map;
   int column, row;
   size_t block;
   uint32_t from, bytes;
 };
-std::vector<unsigned char> bytes_of(const TileStore& tile);                       // that are in shared memory now
-void write_tile(const TileStore& tile, const std::vector<unsigned char>& bytes);  // what lies inside the tensor
+// Returns the bytes that the place of the tile in shared memory contains now.
+std::vector<unsigned char> bytes_of(const TileStore& tile);
+// Writes those bytes of the tile that lie inside the tensor.
+void write_tile(const TileStore& tile, const std::vector<unsigned char>& bytes);
 void add_store(const TileStore& tile);
-// Whether a store will still read some of these bytes.
+// Returns whether a store will still read some of these bytes.
 bool is_stored_from(size_t block, uint32_t address, uint32_t bytes);
-// The stores that can read or write earlier than they must.
+// Returns the number of stores that may read shared memory or write global memory earlier than they must.
 size_t stores_under_way();
+// Lets one of these stores take its next step.
 void advance_store(size_t which);
 
-// A thread writes to shared memory in an instruction of its warp.
+// Checks and records that a thread writes to the shared memory of its block.
 void write_shared(size_t thread, void* place, size_t bytes);
 
-// A warp arrives at a barrier of its block; returns whether it may continue.
+// Lets a warp arrive at a numbered barrier of its block, and returns whether the warp may continue.
 bool passes_named_barrier(size_t warp, int number, int threads, bool waits);
 
 void check_cluster_barrier();
@@ -150,7 +153,8 @@ void end_products_of_thread();
 void end_copies_of_block(size_t block);
 void end_stores_of_thread();
 void end_stores_of_block(size_t block);
-void end_stores(bool succeeded);  // of a launch
+// Writes the results of all stores at the end of a launch, if the launch succeeded.
+void end_stores(bool succeeded);
 void end_named_barriers_of_block(size_t block);
 
 }  // namespace emulation
