@@ -1,5 +1,6 @@
-// The 16 barriers of a block that have numbers (bar.sync and bar.arrive). Any number of complete warps can use such a
-// barrier: those that wait, and those that only arrive. Barrier 0 belongs to __syncthreads and is not emulated here.
+// Emulates the numbered barriers of a block (bar.sync and bar.arrive). Complete warps arrive at such a barrier. Some of
+// them wait until the given number of threads has arrived, and the others continue at once. Barrier 0 belongs to
+// __syncthreads, which emulation.cpp emulates.
 #include <algorithm>
 #include <array>
 
@@ -11,11 +12,11 @@ namespace {
 
 constexpr int NUMBERS = 16;
 
-// One barrier between two completions.
+// The state of one barrier since it was last complete.
 struct NamedBarrier {
-  int threads = 0;              // that complete it
-  std::vector<size_t> warps;    // that have arrived
-  std::vector<size_t> waiting;  // the warps among them that wait
+  int threads = 0;              // number of threads that complete the barrier
+  std::vector<size_t> warps;    // the warps that have arrived
+  std::vector<size_t> waiting;  // the warps that have arrived and wait
 };
 
 std::vector<std::array<NamedBarrier, NUMBERS>> barriers;  // of each block

@@ -1,6 +1,6 @@
-// Bulk copies of tiles from shared to global memory by tensor maps. A store reads shared memory as late as its thread
-// allows: when the thread waits until its stores have read. Until then the memory must not change. The results reach
-// global memory at the end of the launch. With EFFT_EMULATION_SEED, both may happen earlier.
+// Emulates bulk stores, which copy tiles from shared memory to tensors in global memory. A store reads shared memory as
+// late as possible, when its thread waits until its stores have read. Until then, this memory must not change. The store
+// writes global memory at the end of the launch. With EFFT_EMULATION_SEED, both may happen earlier.
 #include <algorithm>
 #include <deque>
 
@@ -14,12 +14,12 @@ struct Store {
   TileStore tile;
   size_t thread;
   bool is_committed = false;
-  size_t group = 0;  // the number of groups that its thread committed before
+  size_t group = 0;  // number of groups that the thread had committed before
 };
 
 std::deque<Store> unread;
-std::vector<std::pair<TileStore, std::vector<unsigned char>>> unwritten;  // with the bytes that were read
-std::vector<size_t> committed;                                            // groups of each thread
+std::vector<std::pair<TileStore, std::vector<unsigned char>>> unwritten;  // the second member holds the bytes that were read
+std::vector<size_t> committed;  // number of groups that each thread has committed
 
 void read(size_t which) {
   const TileStore tile = unread[which].tile;
