@@ -1,6 +1,6 @@
 // Emulates bulk stores, which copy tiles from shared memory to tensors in global memory. A store reads shared memory as
-// late as possible, when its thread waits until its stores have read. Until then, this memory must not change. The store
-// writes global memory at the end of the launch. With EFFT_EMULATION_SEED, both may happen earlier.
+// late as possible, when its thread waits until its stores have read. Until then, this memory must not change. The
+// store writes global memory at the end of the launch. With EFFT_EMULATION_SEED, both may happen earlier.
 #include <algorithm>
 #include <deque>
 
@@ -18,7 +18,8 @@ struct Store {
 };
 
 std::deque<Store> unread;
-std::vector<std::pair<TileStore, std::vector<unsigned char>>> unwritten;  // the second member holds the bytes that were read
+// Stores that have read shared memory, with the bytes that they have read.
+std::vector<std::pair<TileStore, std::vector<unsigned char>>> unwritten;
 std::vector<size_t> committed;  // number of groups that each thread has committed
 
 void read(size_t which) {
