@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(P::THREADS, 1)
 
   if (threadIdx.x < GROUP_THREADS) {
     cutlass::arch::warpgroup_reg_dealloc<24>();
-    if (threadIdx.x == 0) copy_tiles<P>(from, op, turns.tiles, shared);
+    if (threadIdx.x == 0) copy_tiles<P>(from, op, turns.tiles, turns.stride, shared);
     __syncwarp();  // waits for lane 0, because complete warps must reach the barrier of the cluster below
   } else {
     cutlass::arch::warpgroup_reg_alloc<240>();

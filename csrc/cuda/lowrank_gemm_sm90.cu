@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(P::THREADS, 1) lowrank_gemm_sm90_kernel(
 
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<P::GROUPS == 3 ? 32 : 40>();
-    if (threadIdx.x == 0) copy_tiles<P>(from, op, tiles, shared);
+    if (threadIdx.x == 0) copy_tiles<P>(from, op, tiles, static_cast<int>(gridDim.x) / PAIR, shared);
     __syncwarp();  // waits for lane 0, because all lanes of a warp must reach the barrier of the cluster below together
   } else {
     cutlass::arch::warpgroup_reg_alloc<P::GROUPS == 3 ? 160 : 232>();

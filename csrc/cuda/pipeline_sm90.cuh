@@ -74,9 +74,10 @@ __device__ void prefetch_maps(const Operands<P>& from) {
 }
 
 // Copies the operands of every step of this block's tiles into the ring of buffers. One thread calls this function.
+// `stride` is the number of pairs of blocks.
 template <class P>
 __device__ void copy_tiles(
-    const Operands<P>& from, const LowRankGemm& op, const Tiles& tiles, typename P::Shared& shared) {
+    const Operands<P>& from, const LowRankGemm& op, const Tiles& tiles, int stride, typename P::Shared& shared) {
   const Tensor a = make_tensor(make_smem_ptr(shared.a.data()), typename P::LayoutA{});
   const Tensor b = make_tensor(make_smem_ptr(shared.b.data()), typename P::LayoutB{});
   const uint32_t rank = block_rank_in_cluster();
@@ -103,8 +104,7 @@ __device__ void copy_tiles(
   };
 
   RingPlace place;
-  for (int tile = static_cast<int>(blockIdx.x) / PAIR; tile < tiles.count();
-      tile += static_cast<int>(gridDim.x) / PAIR) {
+  for (int tile = static_cast<int>(blockIdx.x) / PAIR; tile < tiles.count(); tile += stride) {
     int m, n;
     tiles.template place<P>(tile, m, n);
     const auto from_a = cut(from.A, part_a, M, K, block_a, m);
