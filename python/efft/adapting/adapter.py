@@ -195,8 +195,8 @@ def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
     readers = {type(u.module).__name__ if isinstance(u, AdaptedParameter) else u.reader for u in dense.values()}
     known = ", ".join(sorted(reader for reader in readers if reader)) or "the modules around them"
     warnings.warn(
-        f"{len(dense)} of {len(layers)} adapted weights, {next(iter(dense))!r} first, are read by {known}, where no "
-        "call can be intercepted: every pass builds dense weights that include the update, "
+        f"{len(dense)} of {len(layers)} adapted weights, {next(iter(dense))!r} first, are read directly by {known}, "
+        "and such reads cannot be intercepted: every pass builds dense weights that include the update, "
         f"{size / 2**20:.3g} MiB in all. The result is correct; to save the time and memory, exclude these weights, or "
         "merge the update for inference",
         stacklevel=2,

@@ -1,4 +1,7 @@
-"""Copy, compare and restore the buffers that training changes, such as the running statistics of batch norms."""
+"""Copy, compare and restore the buffers that training changes, such as the running statistics of batch norms.
+
+:func:`statistics` finds the modules that update such buffers.
+"""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ def parameter_groups(
     """Return parameter groups for an optimizer, one per kind of trained parameters.
 
     The kinds are ``factors``, ``head``, ``scales``, ``diagonals`` (of ``layer_scale``), ``biases`` and ``norms``. The
-    group ``head`` also contains all trained parameters that belong to no other kind. The factors named C in EFFT are
-    ``cores``, and all other factors are ``sides``. If ``rates`` or the adapter's configuration sets different rates for
-    these two kinds, they replace ``factors``.
+    group ``head`` also contains all trained parameters that belong to no other kind. Factors with
+    the name C are ``cores``, and all other factors are ``sides``. If ``rates`` or the adapter's configuration sets
+    different rates for these two kinds, they replace ``factors``.
 
     As in the paper's recipe, weight decay acts only on factors and head. For a model without factors (a linear probe),
     all trained parameters are in ``head``, and a UserWarning is issued if nothing in the model is frozen. Empty groups

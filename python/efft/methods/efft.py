@@ -73,7 +73,7 @@ class EfftConfig(AdapterConfig):
     [Wq|Wk|Wv|Wo] as one d x 4d matrix."""
 
     rank: int | tuple[int, int] | dict[str, int | tuple[int, int]] = 32
-    """The rank r of the tensor train, or (r1, r2) for rectangular cores, or a dict of either per group."""
+    """The rank r of the tensor train, (r1, r2) for rectangular cores, or a dict with one of these per group."""
 
     scale: float | Literal["auto"] | dict[str, float | Literal["auto"]] = 1.0
     """The multiplier s of the update (it is not divided by the rank), or a dict with one per group. With "auto", s is

@@ -96,7 +96,7 @@ class AdapterPool:
         self._changing = threading.RLock()  # adapters are added one at a time, but calls of the model do not wait
         self._lock = threading.RLock()
         self._rows = capacity + 1  # row 0 belongs to the base
-        self._slots: dict[str, int] = {}
+        self._slots: dict[str, int] = {}  # adapter -> its slot, which is its row in the stacks
         self._in_use: Counter[str] = Counter()
         self._fixed: dict[FixedBatch, list[str]] = {}  # fixed batch -> the names of its adapters
         self._layers: dict[str, PooledLinear] = {}

@@ -53,7 +53,7 @@ def test_ranks_fall_and_the_schedule_goes_on(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"prune_at": 4}, "prune_at needs method efft and must be from 1 to 3, .* got 4 with method 'efft'"),
+        ({"prune_at": 4}, "must be an epoch before the last, from 1 to 3, got 4 with method 'efft'"),
         ({"prune_at": 0}, "1 to 3, got 0"),
         ({"method": "linear"}, "prune_at needs method efft .* with method 'linear'"),
         ({"prune_keep": 0.0}, r"prune_keep must be in \(0, 1\], got 0.0"),
