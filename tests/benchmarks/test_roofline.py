@@ -1,6 +1,6 @@
-"""Test the analytical model of the time that a GPU needs for a training step of a ViT block.
+"""Test the analytical model of the time that a GPU needs for the adapted layers of a ViT block, forward and backward.
 
-A design is one way to compute the adapted layers of the block. The design "floor" is the frozen baseline.
+A design is one way to compute an adapted layer with a sequence of kernels. The design "floor" is the frozen baseline.
 
 The tests compare the modeled times with the results of an independent script and with measurements. They also check
 properties that every such model must have.
