@@ -1,4 +1,6 @@
-"""Test the analytical model of the time that a GPU needs for a training step of a ViT block.
+"""Test the analytical model of the time that a GPU needs for the adapted layers of a ViT block, forward and backward.
+
+A design is one way to compute an adapted layer with a sequence of kernels. The design "floor" is the frozen baseline.
 
 The tests compare the modeled times with the results of an independent script and with measurements. They also check
 properties that every such model must have.
@@ -19,8 +21,8 @@ TOKENS = 64 * 197
 #: The constants of the GPU in the independent script, which was written before there were measurements.
 ASSUMED = Machine(bandwidth=4.3e12, fixed=2.0, own=0.95)
 
-#: For each design, the time of a ViT-B block divided by that of the frozen baseline (the design "floor"), at ranks 16,
-#: 32 and 64. The numbers come from an independent script.
+#: For each design, the time of a ViT-B block divided by that of the frozen baseline, at ranks 16, 32 and 64. The
+#: numbers come from an independent script.
 BLOCK = {
     "floor": (1.00, 1.00, 1.00),
     "paper": (3.73, 3.73, 3.73),

@@ -159,7 +159,8 @@ class AdapterPool:
                 does not update weights, has adapted weights other than those of linear layers, has buffers (statistics
                 of batch norms) that training has changed, or has a head that does not consist of linear layers like
                 those of the model.
-            RuntimeError: the adapter needs new stacks while a fixed batch exists (:meth:`fixed_batch`).
+            RuntimeError: the adapter needs new stacks while a fixed batch exists (:meth:`fixed_batch`), or ``adapted``
+                is within a block of :func:`efft.disabled` that has replaced biases, norms or buffers.
         """
         with self._changing, torch.inference_mode(False):  # inference tensors could not be written later
             self._check_new(name)

@@ -162,6 +162,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.prune_at is not None and self.epochs == 1:
+            raise ValueError(f"prune_at must be an epoch before the last, but epochs is 1; got {self.prune_at}")
         if self.prune_at is not None and not (METHODS[self.method].prunable and 1 <= self.prune_at < self.epochs):
             known = " or ".join(name for name, method in METHODS.items() if method.prunable)
             raise ValueError(

@@ -1,7 +1,7 @@
 """Test activation checkpointing: a layer that runs again in backward must get the factors of its own forward pass.
 
-A *pass* is a forward pass from ``bank.prepare()`` to ``bank.release()``. A *region* is the code that one call of
-``checkpoint`` runs again.
+A *bank* is the module that holds the factors of many layers. A *pass* is a forward pass from ``bank.prepare()`` to
+``bank.release()``. A *region* is the code that one call of ``checkpoint`` runs again.
 """
 
 from __future__ import annotations

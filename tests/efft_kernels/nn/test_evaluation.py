@@ -1,8 +1,8 @@
 """Test that evaluations reuse the operands (D, G) of an earlier evaluation, but not after the factors change.
 
 An evaluation is a forward pass in eval mode without gradients. The operands D and G are the two thin matrices whose
-product is the update of a layer; the bank composes them from its factors. Other tests check that training, traced code,
-copies and distributed processes do not reuse operands.
+product is the update of a layer. A bank, the module that holds the factors of many layers, composes them from its
+factors. Other tests check that training, traced code, copies and distributed processes do not reuse operands.
 """
 
 from __future__ import annotations

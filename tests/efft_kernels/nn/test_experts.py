@@ -1,6 +1,7 @@
 """Compare adapted experts with experts whose weights are the dense sums of weight and update.
 
-Other tests cover the routing of tokens to experts, merging, copies, compilation and refused arguments.
+A bank is a module that holds factors, and a site is the part of a bank that one weight uses. Other tests cover the
+routing of tokens to experts, merging, copies, compilation and refused arguments.
 """
 
 from __future__ import annotations
@@ -288,7 +289,7 @@ class Reader(nn.Module):
 def test_a_module_that_reads_the_parameter_itself(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, dropout: float
 ) -> None:
-    """The module reads the weights with the update of the current pass."""
+    """The module reads the sums of the weights and the updates of the current forward pass."""
     bank = make_bank(dropout=dropout)
     d_in, d_out = bank.sizes(SITES[site])
     model = Reader((N_EXPERTS, d_out, d_in))

@@ -1,4 +1,7 @@
-"""Test that EfftLinear equals a frozen nn.Linear plus the dense update in every layout, and can replace nn.Linear."""
+"""Test that EfftLinear equals a frozen nn.Linear plus the dense update in every layout, and can replace nn.Linear.
+
+A bank is the module that holds factors. It can belong to one layer or be shared by many layers.
+"""
 
 from __future__ import annotations
 

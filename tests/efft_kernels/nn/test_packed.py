@@ -24,7 +24,10 @@ N_LAYERS, D_IN, D_OUT = 3, 24, 40
 
 
 class Model(nn.Module):
-    """Stack layers of two kinds: fused layers with two cores, and transposed layers. Each kind has its own bank."""
+    """Stack layers of two kinds: fused layers with two cores, and transposed layers.
+
+    Each kind has its own bank, a module that holds the factors of these layers.
+    """
 
     def __init__(self, rank: int, **settings: Any) -> None:
         super().__init__()

@@ -84,7 +84,7 @@ def test_metadata_costs_nothing_and_tells_nobody() -> None:
 
 
 def test_putting_a_weight_away_takes_none_of_its_values() -> None:
-    """accelerate's offloading moves a weight to the meta device in a pass. This must not compute the updated weight."""
+    """accelerate's offloading moves a weight to the meta device. This must not compute the weight with its update."""
     module, parameter, _ = adapted()
     for away in (module.W.to("meta"), module.W.to(device=torch.device("meta"))):
         assert away.is_meta

@@ -263,10 +263,12 @@ def inspect(form: Form, target: str) -> Report:
     """Compile ``form`` for ``target`` and return its report."""
     report = Report(form.name, target)
     if form.estimate is not None and form.estimate > SHARED_MEMORY[target]:
-        report.skipped = f"never chosen: needs {form.estimate} bytes of shared memory, has {SHARED_MEMORY[target]}"
+        report.skipped = (
+            f"never chosen: needs {form.estimate} bytes of shared memory, but the target has {SHARED_MEMORY[target]}"
+        )
         return report
     if form.capability > _capability(target):
-        report.skipped = f"never chosen: for compute capability {form.capability}.0 and newer"
+        report.skipped = f"never chosen: needs compute capability {form.capability}.0 or newer"
         return report
     try:
         compiled = _compile(form, target)

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="needs the triton extra")
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="make check-triton runs it, with TRITON_INTERPRET=1")
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="needs TRITON_INTERPRET=1, as in make check-triton")
 @pytest.mark.parametrize("path", ["tests/efft_kernels/ops", "tests/efft_kernels/triton/kernels"])
 def test_in_the_interpreter(path: str, request: pytest.FixtureRequest) -> None:
     """More than 40 tests of each folder must run. Conditions such as a missing GPU must not exclude them."""

@@ -44,7 +44,7 @@ def test_classes_are_equally_frequent_and_seeds_differ(name, drawn) -> None:
 
 
 def test_count_is_the_number_of_separate_objects(drawn) -> None:
-    ndimage = pytest.importorskip("scipy.ndimage", reason="the test counts objects with scipy")
+    ndimage = pytest.importorskip("scipy.ndimage", reason="needs scipy to count the objects")
     images, labels = drawn["count"]
     # The background is above 0.3 in every channel, and every object is below 0.15 in one channel. Pixels that touch at
     # a corner belong together, because a thin tip may run diagonally.

@@ -93,7 +93,7 @@ def test_cifar10_reader(tmp_path: Path) -> None:
     assert read_test.labels.tolist() == [7, 3]
 
 
-@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="the test needs dpkg-deb")
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
 def test_fashion_mnist_reader(tmp_path: Path) -> None:
     folder = tmp_path / "deb/usr/share/datasets/fashion-mnist"
     folder.mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_unpickler_reads_arrays_of_old_and_new_numpy(module: str) -> None:
 
 
 def test_digits_are_the_expected_ones() -> None:
-    datasets = pytest.importorskip("sklearn.datasets", reason="the digits come from scikit-learn")
+    datasets = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn, which contains the digits")
     read, _ = readers.read_digits(Path())
     assert read.images.shape == (1797, 8, 8)
     assert np.array_equal(np.rint(read.images * (16 / 255)), datasets.load_digits().images)
@@ -188,7 +188,7 @@ def test_digits_are_the_expected_ones() -> None:
 
 
 def test_changed_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn.datasets", reason="the digits come from scikit-learn")
+    pytest.importorskip("sklearn.datasets", reason="needs scikit-learn, which contains the digits")
     monkeypatch.setattr(readers, "DIGITS_SHA256", "0" * 64)
     with pytest.raises(RuntimeError, match="digits are not the expected ones: sha256 a19c"):
         readers.read_digits(Path())

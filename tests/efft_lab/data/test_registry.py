@@ -1,3 +1,5 @@
+"""Test the registry of tasks: names, descriptions, the table of tasks, trivial baselines, and lazy imports."""
+
 from __future__ import annotations
 
 import os
@@ -93,7 +95,7 @@ def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
 
 
 def test_nearest_neighbours_against_scikit_learn(drawn: Path) -> None:
-    neighbors = pytest.importorskip("sklearn.neighbors", reason="the test compares with scikit-learn")
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="needs scikit-learn to compare with")
     task = efft_lab.data.load("x-location", root=drawn, max_test=200)
 
     def pixels(data: efft_lab.data.ImageDataset) -> np.ndarray:

@@ -195,7 +195,7 @@ def test_views_whose_middle_is_an_edge_are_refused() -> None:
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
     """Return the package of a font family that contains matplotlib's font."""
-    fonts = pytest.importorskip("matplotlib.font_manager", reason="the font comes from matplotlib")
+    fonts = pytest.importorskip("matplotlib.font_manager", reason="needs matplotlib, which contains a font")
     data = Path(fonts.findfont("DejaVu Sans")).read_bytes()
     with tarfile.open(tmp_path / "font.tgz", "w:gz") as tar:
         for name in ("toy-latin-400-normal.woff", "toy-latin-900-normal.woff", "toy-latin-ext-400-normal.woff"):

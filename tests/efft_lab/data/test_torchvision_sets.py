@@ -1,3 +1,5 @@
+"""Test tasks from torchvision's data sets, with small files in torchvision's format and without network."""
+
 from __future__ import annotations
 
 import inspect

@@ -1,3 +1,5 @@
+"""Test the 19 tasks of VTAB-1K: the published file layout, errors, and the published hyperparameters."""
+
 from __future__ import annotations
 
 import json

@@ -20,7 +20,7 @@ from efft_lab.train import TrainConfig, run
 from efft_lab.train.build import load_trained
 
 pytest.importorskip("timm", reason="needs the vision extra")
-pytest.importorskip("sklearn", reason="the runs train on scikit-learn's digits")
+pytest.importorskip("sklearn", reason="needs scikit-learn, which contains the digits")
 
 FOLDER = Path(__file__).parent / "old_runs"
 LOGITS = json.loads((FOLDER / "logits.json").read_text())

@@ -53,6 +53,7 @@ def test_ranks_fall_and_the_schedule_goes_on(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"prune_at": 1, "epochs": 1}, "before the last, but epochs is 1; got 1"),
         ({"prune_at": 4}, "must be an epoch before the last, from 1 to 3, got 4 with method 'efft'"),
         ({"prune_at": 0}, "1 to 3, got 0"),
         ({"method": "linear"}, "prune_at needs method efft .* with method 'linear'"),
