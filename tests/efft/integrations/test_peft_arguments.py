@@ -330,6 +330,41 @@ def test_a_budget_counts_what_peft_trains(fields: dict[str, Any]) -> None:
     assert EfftPeftConfig.auto(r=8, lora_dropout=0.5) == EfftPeftConfig.auto(rank=8, dropout=0.5)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_heads_of_several_layers_are_unloaded(merge: bool) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {**SIZES, "vocab_size": 50, "num_labels": 3, "pad_token_id": 0}
+        model: nn.Module = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes))
+        return model.eval()
+
+    model = peft.get_peft_model(base(), EfftPeftConfig(r=2, init_weights=False)).eval()
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].dense.weight.mul_(2)
+    y, head = output(model), model.base_model.model.classifier.modules_to_save["default"]
+    if merge:
+        torch.testing.assert_close(output(model.merge_and_unload()), y)
+    else:
+        expected = base()
+        expected.classifier = head
+        assert output(model.unload()).equal(output(expected))
+
+
+def test_a_plan_of_many_layers_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """peft replaces a long list of layers by endings of their names."""
+    monkeypatch.setattr(peft.tuners.tuners_utils, "MIN_TARGET_MODULES_FOR_OPTIMIZATION", 1)
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)) for _ in range(3))).eval()
+
+    model = peft.get_peft_model(base(), EfftPeftConfig(r=2, scale="auto", init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] is None
+    x = torch.randn(5, 8)
+    assert peft.PeftModel.from_pretrained(base(), tmp_path)(x).equal(model(x))
+
+
 def test_the_dtype_of_factors() -> None:
     for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         model = peft.get_peft_model(

@@ -93,7 +93,10 @@ class EfftModel(BaseTuner):
         self._sites: dict[str, tuple[TTFactors, Site]] = sites
         if config.bias != "none":
             self._base_biases = _biases(model if config.bias == "all" else nn.ModuleList(layers))
+        by_targets = config.chosen_by_targets
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        if by_targets:  # peft replaces hundreds of names by their endings, but names would group the layers differently
+            config.target_modules = None
         self._sites = {}
         for parameter, requires_grad in earlier.items():  # peft restores only the parameters inside the model
             parameter.requires_grad_(requires_grad)
@@ -193,7 +196,10 @@ class EfftModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        super()._replace_module(parent, child_name, new_module, child)
+        if isinstance(child, AuxiliaryTrainingWrapper):  # peft would look for a weight in a head of several layers
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
         replace_in_attributes(parent, {child: new_module})
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
