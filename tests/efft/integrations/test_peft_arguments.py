@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +357,8 @@ def test_a_plan_of_many_layers_is_found_again(monkeypatch: pytest.MonkeyPatch, t
 
     def base() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(*(nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)) for _ in range(3))).eval()
+        blocks = ({"up": nn.Linear(8, 24), "act": nn.GELU(), "down": nn.Linear(24, 8)} for _ in range(3))
+        return nn.Sequential(*(nn.Sequential(OrderedDict(block)) for block in blocks)).eval()
 
     model = peft.get_peft_model(base(), EfftPeftConfig(r=2, scale="auto", init_weights=False)).eval()
     model.save_pretrained(tmp_path)
