@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,42 @@ def test_a_plan_of_many_layers_is_found_again(monkeypatch: pytest.MonkeyPatch, t
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] is None
     x = torch.randn(5, 8)
     assert peft.PeftModel.from_pretrained(base(), tmp_path)(x).equal(model(x))
+
+
+def with_batch_norms() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
+
+
+@pytest.mark.parametrize("fields", [{"freeze_statistics": True}, {"norms": True}, {"modules_to_save": ["1", "3"]}])
+def test_statistics_are_frozen_or_saved(fields: dict[str, Any], tmp_path: Path) -> None:
+    config = EfftPeftConfig(**{"r": 2, "init_weights": False, "modules_to_save": [], "dropout": 0.0, **fields})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model, x = peft.get_peft_model(with_batch_norms(), config), torch.randn(8, 4)
+    modes = [m.training for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert not config.freeze_statistics or not any(modes)
+    model.train()
+    for _ in range(3):
+        model(x)
+    y = model.eval()(x)
+    model.save_pretrained(tmp_path)
+    assert peft.PeftModel.from_pretrained(with_batch_norms(), tmp_path).eval()(x).equal(y)
+
+
+def test_frozen_statistics_of_trained_norms_do_not_change() -> None:
+    config = EfftPeftConfig(r=2, modules_to_save=[], norms=True, freeze_statistics=True)
+    model = peft.get_peft_model(with_batch_norms(), config).train()
+    model(torch.randn(8, 4))
+    norm = model.base_model.model[1].modules_to_save["default"]
+    assert norm.running_mean.equal(torch.zeros(6))
+    assert norm.weight.requires_grad
+
+
+def test_statistics_that_peft_does_not_save() -> None:
+    config = EfftPeftConfig(r=2, modules_to_save=[])
+    with pytest.warns(UserWarning, match="2 modules, '1' first, change their statistics in training mode"):
+        peft.get_peft_model(with_batch_norms(), config)
 
 
 def test_the_dtype_of_factors() -> None:
