@@ -20,7 +20,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from benchmarks.model.step import Setting, training_step, unavailable
 from benchmarks.ops import cases
 from benchmarks.ops import rows as layer_rows
 from benchmarks.options import parser_of_measurement
+from efft.hints import did_you_mean
 from efft_lab.record import append, machine_facts
 
 ROOT = Path(__file__).parents[1]
@@ -149,19 +150,29 @@ def in_new_process(level: str, spec: dict[str, Any]) -> dict[str, Any]:
 def specifications(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the level and the specification of every row to measure.
 
-    At the level "layer", names in ``args.rows`` that are not rows of the command ``ops`` are ignored.
+    Each level measures those of ``args.rows`` that it has.
+
+    Raises:
+        ValueError: none of the requested levels has a row of this name.
     """
+    known = {name for level in args.level for name in (model_rows.ROWS if level == "model" else layer_rows.ROWS)}
+    for name in args.rows or ():
+        if name not in known:
+            raise ValueError(f"unknown row {name!r}: {did_you_mean(name, sorted(known))}")
+
+    def wanted(rows: Mapping[str, Any]) -> list[str] | None:
+        return None if args.rows is None else [name for name in args.rows if name in rows]
+
     images, dtypes = (2, ["float32"]) if args.quick else (args.batch, args.dtype)
     if "model" in args.level:
         for dtype in dtypes:
             setting = Setting(args.model, images, args.rank, dtype, args.device)
-            names = [row.name for row in model_rows.select(args.rows)]
+            names = [row.name for row in model_rows.select(wanted(model_rows.ROWS))]
             yield from (("model", {**asdict(setting), "row": name}) for name in names)
     if "layer" in args.level:
-        known = None if args.rows is None else [row for row in args.rows if row in layer_rows.ROWS]
         layers = ["fc1"] if args.quick else None
         for case in cases.select("quick", case=layers, images=[images], rank=[args.rank], dtype=dtypes):
-            names = [row.name for row in layer_rows.select(known)]
+            names = [row.name for row in layer_rows.select(wanted(layer_rows.ROWS))]
             yield from (("layer", {**asdict(case), "device": args.device, "row": name}) for name in names)
 
 
@@ -176,7 +187,11 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--batch", type=int, default=8, help="images")
     options.add_argument("--rank", type=int, default=Setting.rank)
-    options.add_argument("--rows", nargs="+", help="rows of the commands model and ops; default: all")
+    options.add_argument(
+        "--rows",
+        nargs="+",
+        help="rows of the commands model and ops; each level measures those that it has; default: all",
+    )
     options.add_argument("--quick", action="store_true", help="use 2 images, float32, and only fc1 of the layers")
     options.add_argument("--measure", nargs=2, metavar=("LEVEL", "JSON"), help=argparse.SUPPRESS)
     return options

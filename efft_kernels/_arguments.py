@@ -139,7 +139,7 @@ def unless_wider(b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Return a context in which autocast is off on ``device``."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # entering costs more than this check
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # entering a context takes longer
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

@@ -48,7 +48,10 @@ class Autotuner:
     path: Path
 
     def can_measure(self, device: torch.device) -> bool:
-        """Return False in compiled code, while a CUDA graph is captured, and if torch must be deterministic."""
+        """Return whether a case can be measured now.
+
+        This is not possible in compiled code, while a CUDA graph is captured, and if torch must be deterministic.
+        """
         traced = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         return not traced and not torch.are_deterministic_algorithms_enabled()
 

@@ -198,11 +198,11 @@ def layer_norm_bwd(
     need_dx: bool,
     need_dgamma: bool,
     need_dbeta: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # dx [tokens, d_in] in the dtype of x, dgamma and dbeta [d_in] in theirs
+) -> tuple[Tensor, Tensor, Tensor]:  # dx [tokens, d_in], dgamma and dbeta [d_in]
     """Compute the gradients of a layer norm with torch's kernel, from dn, the gradient of the norm's output.
 
-    The kernel needs one dtype for all inputs except the statistics, so the inputs are cast. A gradient that is not
-    needed has 0 elements. If no gradient is needed, nothing is read.
+    The kernel needs one dtype for all inputs except the statistics, so the inputs are cast. Each gradient is cast back
+    to the dtype of its tensor. A gradient that is not needed has 0 elements. If no gradient is needed, nothing is read.
     """
     likes = [x if like is None else like for like in (x, gamma, beta)]
     needs = [need_dx, need_dgamma, need_dbeta]

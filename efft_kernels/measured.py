@@ -160,10 +160,11 @@ def is_final(device: torch.device) -> bool:
 
 
 def nearest(case: Case, rows: Sequence[Row], widths: float) -> Row | None:
-    """Return the row most similar to ``case`` in tokens, d_in and d_out (the first of equals); None if none is near.
+    """Return the row that is most similar to ``case`` in tokens, d_in and d_out; None if no row is near.
 
-    A row is near if its tokens differ by at most a factor of :data:`NEAR`, and its d_in and d_out by at most a factor
-    of ``widths``. The row must also agree with ``case`` in
+    If several rows are equally similar, return the first of them. A row is near if its tokens differ by at most a
+    factor of :data:`NEAR`, and its d_in and d_out by at most a factor of ``widths``. The row must also agree with
+    ``case`` in
 
     - the op and the compute capability,
     - the dtype (float16 and bfloat16 count as equal),

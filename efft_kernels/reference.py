@@ -35,9 +35,9 @@ def tt_linear(
 
 def tt_linear_bwd(
     gy: Tensor,  # [tokens, d_out]
-    x: Tensor | None,  # [tokens, d_in]; for dD
-    W: Tensor | None,  # [d_out, d_in]; for dx
-    h: Tensor | None,  # [tokens, r1]; for dG
+    x: Tensor | None,  # [tokens, d_in]; needed for dD
+    W: Tensor | None,  # [d_out, d_in]; needed for dx
+    h: Tensor | None,  # [tokens, r1]; needed for dG
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     gh: Tensor | None = None,  # [tokens, r1]: the gradient that reaches h without passing through y
@@ -73,7 +73,7 @@ def tt_gelu_linear(
 def tt_gelu_linear_bwd(
     gy: Tensor,  # [tokens, d_out]
     z: Tensor,  # [tokens, d_in]
-    W: Tensor | None,  # [d_out, d_in]; for dz
+    W: Tensor | None,  # [d_out, d_in]; needed for dz
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     approximate: str,
@@ -108,7 +108,7 @@ def tt_norm_linear_bwd(
     x: Tensor,  # [tokens, d_in]
     gamma: Tensor | None,  # [d_in]
     beta: Tensor | None,  # [d_in]
-    W: Tensor | None,  # [d_out, d_in]; for dx
+    W: Tensor | None,  # [d_out, d_in]; needed for dx
     D: Tensor,  # [d_in, r1]
     G: Tensor,  # [r1, d_out]
     eps: float,
@@ -152,9 +152,8 @@ def tt_linear_grouped(
 ) -> Tensor:  # [samples, tokens, d_out], dtype of x
     """Compute y[i] = x[i] Wᵀ + b + (x[i] D[a_i]) G[a_i] for each sample i, where a_i = adapter[i].
 
-    A negative a_i means no adapter, and therefore no update.
-
-    If every adapter has its own bias, b is replaced by b[a_i], and a sample without an adapter has no bias.
+    A negative a_i means no adapter, and therefore no update. If every adapter has its own bias, b is replaced by
+    b[a_i], and a sample without an adapter has no bias.
     """
     dtype = _wide(x, D, G)
     none, index = adapter < 0, adapter.clamp(min=0)
@@ -173,8 +172,8 @@ def tt_linear_grouped(
 
 def tt_linear_grouped_bwd(
     gy: Tensor,  # [samples, tokens, d_out]
-    x: Tensor | None,  # [samples, tokens, d_in]; for dD and dG
-    W: Tensor | None,  # [d_out, d_in]; for dx
+    x: Tensor | None,  # [samples, tokens, d_in]; needed for dD and dG
+    W: Tensor | None,  # [d_out, d_in]; needed for dx
     D: Tensor,  # [n_adapters, d_in, r1]
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples]

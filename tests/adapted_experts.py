@@ -11,7 +11,7 @@ from efft_kernels import ExpertWeight, Site, TTFactors
 
 
 class AdaptedModel:
-    """Adapt a model's experts with one shared tensor train; ``dense`` returns the expected update of a parameter."""
+    """Adapt a model's experts with one shared tensor train. ``dense`` returns the expected update of a parameter."""
 
     def __init__(self, model: nn.Module, std: float = 0.3, **kwargs: Any) -> None:
         self.model = model
@@ -38,7 +38,7 @@ class AdaptedModel:
             self.weights |= {f"{name}.{parameter}".lstrip("."): w for parameter, w in weights.items()}
 
     def dense(self, weight: ExpertWeight) -> Tensor:
-        """Return the update by its definition, laid out like the parameter; it is differentiable."""
+        """Compute the update by its definition, with autograd. The result has the layout of the parameter."""
         bank, site = self.bank, weight.site
         blocks = bank.initial_scale * (bank.U @ bank.C[site.layer, list(site.cores)] @ bank.V)
         blocks = (blocks.transpose(1, 2) if site.transpose else blocks).unflatten(0, (site.experts, -1))
@@ -46,5 +46,5 @@ class AdaptedModel:
         return matrices if weight.view == "experts transposed" else matrices.transpose(1, 2)
 
     def effective(self) -> dict[str, Tensor]:
-        """Return the updated weights by name; they are differentiable."""
+        """Compute the sums of weights and updates by name, with autograd."""
         return {name: weight.stored.detach() + self.dense(weight) for name, weight in self.weights.items()}

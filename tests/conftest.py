@@ -1,4 +1,8 @@
-"""Configure the test suite: fixed random numbers and generated examples, and few threads."""
+"""Configure the test suite: fixed random numbers and generated examples, few threads, and skipped GPU tests.
+
+The plugins in this file print the errors and other values of the tests at the end of the output. In a run of the GPU
+tests, a plugin also prints each failure at once.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,8 @@ from efft_kernels import _calls, testing
 # Compilation in the tests must not start a pool with one process per core.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# The examples depend only on the test, so that a failure occurs on every machine. There is no deadline, because the
-# time of an example varies on a busy machine.
+# The examples depend only on the test, so a failure occurs on every machine. There is no deadline, because the time of
+# an example varies on a busy machine.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=40)
 hypothesis.settings.load_profile("fixed")
 # A longer run of the fuzzers, started by hand: pytest --hypothesis-profile=long tests/efft -k fuzz
@@ -48,8 +52,8 @@ class FailuresAtOnce:
 class Budgets:
     """Report the errors of results at the end of a run, for each dtype.
 
-    Each error is divided by the error of the plain formula in the same dtype or by that of rounding, whichever is
-    larger (see :func:`efft_kernels.testing.errors`).
+    Each error is divided by the larger of two errors: the error of the plain formula in the same dtype, and the error
+    of rounding the exact result to this dtype (see :func:`efft_kernels.testing.errors`).
     """
 
     def __init__(self) -> None:
@@ -77,7 +81,8 @@ class Budgets:
         for dtype, ratios in self._ratios.items():
             terminalreporter.write_line(
                 f"{str(dtype).removeprefix('torch.')}: {len(ratios)} results compared with fp64, "
-                f"at most {max(ratios):.2f} times as wrong as a plain one, median {statistics.median(ratios):.2f}"
+                f"error at most {max(ratios):.2f} times that of the plain formula, "
+                f"median {statistics.median(ratios):.2f}"
             )
 
 

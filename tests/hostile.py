@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-#: Settings for tests in which every example restores the files of the fixtures.
+#: Settings for fuzzers. All examples of a test share the fixtures, so each example must write its files again.
 fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -96,7 +96,7 @@ def at_most(megabytes: float) -> Iterator[None]:
     before = _memory("VmRSS")
     yield
     more = _memory("VmHWM") - before
-    assert more < megabytes, f"{more:.0f} MB more than before, expected less than {megabytes}"
+    assert more < megabytes, f"the peak is {more:.0f} MB above the start, expected less than {megabytes} MB"
 
 
 def _memory(name: str) -> float:
@@ -109,7 +109,7 @@ def within(seconds: float) -> Iterator[None]:
     """Fail if the block takes longer than this many seconds. The timeout also interrupts Python's ``re``."""
 
     def late(*_: object) -> None:
-        raise AssertionError(f"took more than {seconds} seconds")
+        raise AssertionError(f"the block took more than {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -91,14 +91,14 @@ def to_float8_rows(linear: nn.Linear) -> None:
     linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
-#: The formats whose products use the other operand without rounding.
+#: The formats whose products do not round the activations.
 WAYS = {
     "subclass": to_int8,
     "torchao-int8": torchao("Int8WeightOnlyConfig"),
     "torchao-float8": torchao("Float8WeightOnlyConfig"),
     "torchao-nf4": to_nf4,
 }
-#: The formats whose products also round the other operand.
+#: The formats whose products also round the activations.
 ROUNDING_WAYS = {
     "torchao-int8-int8": torchao("Int8DynamicActivationInt8WeightConfig"),
     "torchao-float8-float8": to_float8_rows,

@@ -1,4 +1,7 @@
-"""Test that the documentation's code works, that the files that it names exist, and that the site builds."""
+"""Test the documentation: its code runs, the files and errors that it names exist, and the site builds.
+
+The tables and figures on some pages must equal those that the code computes.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"docs/examples/{example.name}" in (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), "shown nowhere"
+    assert f"docs/examples/{example.name}" in (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), "not shown"
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -65,7 +68,7 @@ def test_paths_in_the_documentation_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_page_says_what_it_is_for(page: Path) -> None:
-    """A sentence follows the title directly. A page that only includes another file leaves that to the file."""
+    """Each page has a sentence about its purpose directly after the title, or includes a file that has one."""
     text = page.read_text(encoding="utf-8")
     if text.startswith("--8<--"):
         text = (ROOT / text.split('"')[1]).read_text(encoding="utf-8")
@@ -74,7 +77,7 @@ def test_page_says_what_it_is_for(page: Path) -> None:
 
 
 def test_errors_of_the_troubleshooting_page_exist() -> None:
-    """The sources contain every error text of the page after lines and adjacent string literals are joined."""
+    """The sources must contain every error text of the page. The test first joins adjacent string literals."""
     sources = "".join(
         path.read_text(encoding="utf-8")
         for folder in ("efft_kernels", "python/efft")
@@ -89,7 +92,7 @@ def test_errors_of_the_troubleshooting_page_exist() -> None:
 
 
 def test_figures_of_the_scaling_page(capsys: pytest.CaptureFixture[str]) -> None:
-    """The library reports the counts on the page, and the formula on the page yields its modeled shares."""
+    """The counts on the page are those of the library, and the page's formula yields the page's modeled shares."""
     import timm
 
     import efft
@@ -121,9 +124,9 @@ def test_site_builds(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "site/api/ops/index.html").read_text(encoding="utf-8")
-    assert "Compute a linear layer plus a low-rank update" in api, "docstrings are there"
+    assert "Compute a linear layer plus a low-rank update" in api, "the page must contain the docstrings"
     performance = (tmp_path / "site/performance/index.html").read_text(encoding="utf-8")
-    assert "frozen baseline" in performance, "the page has its tables"
+    assert "frozen baseline" in performance, "the page must contain its tables"
     pages = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").rglob("*.html"))
     assert "--8&lt;--" not in pages
     assert "fonts.googleapis.com" not in pages

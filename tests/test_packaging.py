@@ -153,7 +153,7 @@ def test_sdist_is_a_complete_working_tree(built: Path) -> None:
 
 
 def test_every_environment_variable_is_documented() -> None:
-    """The environment variables that the code reads (quoted EFFT_ names) are those in the table's first column."""
+    """The variables that the code reads (quoted EFFT_ names) must be those in the first column of ENVIRONMENT.md."""
     sources = [ROOT / "setup.py", *(ROOT / "efft_kernels").rglob("*.py"), *(ROOT / "python").rglob("*.py")]
     sources += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     read = {name for path in sources for name in re.findall(r"""["'](EFFT_[A-Z0-9_]+)["']""", path.read_text())}

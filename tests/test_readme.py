@@ -1,4 +1,7 @@
-"""Test that the README's Python blocks, commands and tables are correct."""
+"""Test that the README's Python blocks, tables, links and make targets are correct.
+
+One test runs the ``efft`` commands of docs/command-line.md.
+"""
 
 from __future__ import annotations
 

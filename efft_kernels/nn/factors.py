@@ -274,8 +274,10 @@ class TTFactors(FactorBank):
         """Raise ValueError if the site is outside this bank or is inconsistent."""
         if not (0 <= site.layer < self.n_layers and all(0 <= c < self.n_cores for c in site.cores)):
             raise ValueError(f"{site} does not fit a bank of {self.n_layers} layers with {self.n_cores} cores each")
+        if not site.cores:
+            raise ValueError(f"{site} has no cores: expected one per column block of the layer's output")
         first, last = site.columns or (0, self.d_out)
-        if not 0 <= first < last <= self.d_out or not site.cores:
+        if not 0 <= first < last <= self.d_out:
             raise ValueError(f"{site} does not fit a tensor train with {self.d_out} output columns")
         if site.experts < 0 or len(site.cores) % (site.experts or 1):
             raise ValueError(f"{site}: every expert needs the same number of cores, got {len(site.cores)} cores")

@@ -186,7 +186,7 @@ def dequantized(weight: Tensor) -> Tensor:
     """Return the dense values of ``weight`` ``[d_out, d_in]`` in its dtype; return a plain weight itself.
 
     Raises:
-        TypeError: the class of the weight has no ``dequantize()`` of its own (the classes of bitsandbytes do not).
+        TypeError: the class of the weight has no ``dequantize()`` of its own (the classes of bitsandbytes have none).
     """
     if is_plain(weight):
         return weight

@@ -58,7 +58,8 @@ class AdaptedLayer(FrozenLayer, AdaptedWeight):
             self.__dict__["factors"] = factors
         self.site, self.binding = site, factors.bind(site)
         self.enabled = True
-        self.read = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)  # nn.MultiheadAttention reads
+        # nn.MultiheadAttention uses this class for its out_proj and reads the weight.
+        self.read = isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
         self.reader: str | None = None
         self.register_buffer("base_weight", None, persistent=False)
 

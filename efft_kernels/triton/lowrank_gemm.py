@@ -45,7 +45,7 @@ from efft_kernels.triton.launch import (
 )
 from efft_kernels.triton.producers import gelu_slope, produced, row_statistics
 
-# Rows of A per program of the projection, and number of steps in flight.
+# Number of rows of A per program of the projection kernel, and number of its steps whose loads are in flight.
 PROJECT_M, PROJECT_STAGES = 64, 3
 # Tiles are computed in groups of this many row blocks. Within a group, programs compute one column block for all row
 # blocks before they begin the next column block. In this order, both operands stay in the L2 cache.

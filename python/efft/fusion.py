@@ -11,8 +11,8 @@ from efft_kernels.nn.producers import fuse_producer, unfuse_producer
 def fuse(model: nn.Module) -> list[str]:
     """Make adapted layers compute the LayerNorm or GELU whose output they read.
 
-    The backward pass computes the outputs of these modules again, so they are not stored. This saves a quarter to a
-    third of the memory that a transformer block needs for the backward pass, and each output is computed once more.
+    The backward pass computes the outputs of these modules again, so they are not stored. This saves about a quarter to
+    a third of the memory that a transformer block needs for the backward pass, and each output is computed once more.
     Results are equal up to rounding. Parameters, names and saved files do not change. Code that ``torch.compile``
     compiles is not affected. :func:`unfuse` and ``efft.remove`` undo the fusion.
 

@@ -109,6 +109,7 @@ def merged_state_dict(
         TypeError: a weight is quantized, and ``dequantize`` is not set or its class cannot dequantize it.
         ValueError: the model is not adapted, is sharded or has offloaded weights, or a layer computes its weight from
             other tensors (a parametrization, for example).
+        RuntimeError: the model is within a block of :func:`efft.disabled` that has replaced biases, norms or buffers.
     """
     model = unwrap(model)
     check_not_aside(adapter_of(model), "merged_state_dict")

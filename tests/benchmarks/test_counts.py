@@ -52,7 +52,10 @@ def test_bytes_are_those_of_the_tensors(inputs: Inputs) -> None:
 
 
 def test_the_limit_of_a_layer_known_by_hand() -> None:
-    """Check that ViT-B's qkv at rank 32 exceeds the limit 1 by 3 · 32 · (768 + 2304) / (2 · 768 · 2304) = 1/12."""
+    """The limit is the ratio of the FLOPs with the update and without it.
+
+    For ViT-B's qkv at rank 32, the limit is 1 + 3 · 32 · (768 + 2304) / (2 · 768 · 2304) = 1 + 1/12.
+    """
     assert Sizes(1576, 768, 2304, 32, 4).limit("fwd_bwd") == pytest.approx(1 + 1 / 12)
 
 

@@ -1,4 +1,7 @@
-"""Test the benchmark of experts. Each row is one implementation, and a row with wrong results is not timed."""
+"""Test the benchmark of a mixture-of-experts module whose weight matrices have updates.
+
+Each row is one implementation, and a row with wrong results is not timed.
+"""
 
 from __future__ import annotations
 

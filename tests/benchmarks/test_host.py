@@ -1,4 +1,7 @@
-"""Test the benchmark that counts the calls of the host, and test that one adapted layer stays below limits of calls."""
+"""Test the benchmark that counts dispatcher and Python calls on the host, the CPU that launches the operations.
+
+A row is one way to adapt a chain of linear layers. One adapted layer must stay below fixed numbers of dispatcher calls.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Compare the measured bytes that autograd saves with formulas, and the measured peak with a known allocation."""
+"""Compare the measured bytes that autograd saves with formulas, and the measured peak with a known allocation.
+
+Other tests run the command, and check that a row that cannot be measured reports a reason.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.__main__ import main
-from benchmarks.memory import in_new_process, measure_layer, measure_model, saved_for_backward
+from benchmarks.memory import (
+    in_new_process,
+    measure_layer,
+    measure_model,
+    parser,
+    saved_for_backward,
+    specifications,
+)
 from benchmarks.model.step import Setting
 from benchmarks.ops import cases
 from benchmarks.ops.cases import Case
@@ -115,3 +125,17 @@ def test_command_measures_each_row_in_its_own_process(tmp_path: Path, capsys: py
 
 def test_a_process_that_dies_leaves_its_last_words() -> None:
     assert in_new_process("model", {"row": "no_such_row"}) == {"reason": "failed: KeyError: 'no_such_row'"}
+
+
+def test_a_row_is_refused_if_no_requested_level_has_it() -> None:
+    def rows(*options: str) -> set[tuple[str, str]]:
+        args = parser().parse_args(["--quick", *options])
+        return {(level, spec["row"]) for level, spec in specifications(args)}
+
+    only_layer, only_model = "addmm", "full"
+    both = rows("--rows", only_layer, only_model)
+    assert both == {("layer", "floor"), ("layer", only_layer), ("model", "floor"), ("model", only_model)}
+    with pytest.raises(ValueError, match="unknown row 'ful'"):
+        rows("--rows", "ful")
+    with pytest.raises(ValueError, match=f"unknown row '{only_model}'"):
+        rows("--level", "layer", "--rows", only_model)

@@ -95,7 +95,7 @@ def test_the_triton_row_says_why_it_cannot_run() -> None:
 
 
 def test_rows_differ_in_work_as_their_explanations_say() -> None:
-    """Compare the multiply-adds that each row computes in addition to those of the frozen baseline with formulas."""
+    """Formulas state how many multiply-adds a row computes in addition to those of the frozen baseline."""
     n, k, d, r = 31, 24, 60, 5
     inputs = make_inputs(Sizes(n, k, d, r, 4), torch.float32, n_cores=3)
     extra = {
@@ -104,7 +104,7 @@ def test_rows_differ_in_work_as_their_explanations_say() -> None:
         "chain": 3 * n * r * (k + d),
         # +1 because x Aᵀ and gy B are computed twice; -1 because torch's counter ignores addmm_
         "addmm": (3 + 1 - 1) * n * r * (k + d),
-        "naive": n * k * d + 3 * k * r * d,  # the gradient of the weight; dW, dD and dG
+        "naive": n * k * d + 3 * k * r * d,  # first term: gradient of the weight; second: dW, dD and dG
         "paper": 3 * n * k * d + 3 * k * r * d,  # x dW and its gradients with respect to x and dW; dW, dD and dG
     }
     for name, expected in extra.items():

@@ -1,4 +1,4 @@
-"""Test the benchmark of planning."""
+"""Test the result lines of the benchmark that times ``efft.inspect``, which plans which layers to adapt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Compare the analytical model with independent results, and check properties that every GPU model must have."""
+"""Test the analytical model of the time that a GPU needs for the adapted layers of a ViT block, forward and backward.
+
+A design is one way to compute an adapted layer with a sequence of kernels. The design "floor" is the frozen baseline.
+
+The tests compare the modeled times with the results of an independent script and with measurements. They also check
+properties that every such model must have.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +18,11 @@ from benchmarks.model_roofline import DESIGNS, Case, Layer, block_times, main, m
 from benchmarks.roofline_gpu import Machine
 
 TOKENS = 64 * 197
-#: The constants that the independent script assumed before there were measurements.
+#: The constants of the GPU in the independent script, which was written before there were measurements.
 ASSUMED = Machine(bandwidth=4.3e12, fixed=2.0, own=0.95)
 
-#: For each design, the time of a ViT-B block divided by that of the frozen baseline (the design "floor"), at ranks 16,
-#: 32 and 64. The numbers come from an independent script.
+#: For each design, the time of a ViT-B block divided by that of the frozen baseline, at ranks 16, 32 and 64. The
+#: numbers come from an independent script.
 BLOCK = {
     "floor": (1.00, 1.00, 1.00),
     "paper": (3.73, 3.73, 3.73),

@@ -1,4 +1,7 @@
-"""Test the fitted exponents on known power laws."""
+"""Test the exponents that the scaling benchmark fits to times, and its table.
+
+A row is one implementation of an adapted layer. The row "floor" is the frozen baseline.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,10 @@ def test_exponent_of_a_power_law() -> None:
 
 
 def test_a_sweep_fits_the_whole_time_and_what_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test the exponents of a row's total time and of the time that the row adds to the frozen baseline.
+    """The benchmark fits two exponents: one to a row's total time, one to the time that the row adds to the baseline.
 
-    Both times grow in proportion to the tokens. Only the added time grows with the rank.
+    In this test, the time of the baseline is proportional to the tokens. The row "naive" adds a small time that is
+    proportional to tokens times rank.
     """
 
     def measure(case: Case, wanted: object, setting: object) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Test that a table with the results of several runs lists the source of every run."""
+"""Test that a table lists the source of every run, and that it compares a setting with the default on common runs."""
 
 from __future__ import annotations
 

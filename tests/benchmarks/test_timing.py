@@ -1,4 +1,4 @@
-"""Test the order of the timing, the ratios within a repetition, and the quantiles in result files."""
+"""Test the order in which rows (the compared functions) are timed, their ratios, and the lines of result files."""
 
 from __future__ import annotations
 

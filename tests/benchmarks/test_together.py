@@ -1,4 +1,4 @@
-"""Test the benchmark of several adapters in one pass on a tiny model."""
+"""Test the benchmark of training several adapters in one pass, with a tiny model."""
 
 from __future__ import annotations
 

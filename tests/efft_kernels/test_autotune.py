@@ -49,7 +49,7 @@ def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(measured, "_rows", [])
     autotune.use_table(table)
     with mock.patch.object(autotune, "measure", side_effect=AssertionError):
-        assert prefers_triton(CASE, CPU), "read again"
+        assert prefers_triton(CASE, CPU), "the times must come from the file"
 
 
 @pytest.mark.parametrize(

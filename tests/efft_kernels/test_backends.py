@@ -26,7 +26,7 @@ from efft_kernels.testing import assert_close_budget, make_inputs, poisoned_empt
 ROOT = Path(__file__).parents[2]
 NAMES = "'auto', 'reference', 'eager', 'cpu', 'triton', 'cuda'"
 OPS = ("tt_linear", "tt_contract", "tt_merge_")
-#: The backend that ``auto`` chooses on this machine.
+#: The backend that ``auto`` chooses on this machine for fp32 tensors on the CPU.
 FIRST = next(backend.value for backend in AUTO_ORDER if can_run(backend, torch.ones(1)) is None)
 needs_default = pytest.mark.skipif("EFFT_BACKEND" in os.environ, reason="EFFT_BACKEND changes the default backend")
 
@@ -147,7 +147,7 @@ def test_explain() -> None:
     assert explain(eight).splitlines()[1:3] == [f"  eager: eager {reason}", f"  reference: reference {reason}"]
 
 
-@pytest.mark.skipif(can_run("cpu", torch.ones(1)) is not None, reason="the compiled extension is not there")
+@pytest.mark.skipif(can_run("cpu", torch.ones(1)) is not None, reason="the backend cpu cannot run here")
 def test_auto_prefers_the_compiled_extension() -> None:
     assert explain(torch.ones(1)).splitlines()[:2] == ["* cpu: can run", "  eager: can run"]
 

@@ -128,7 +128,7 @@ def test_no_graph_is_recorded_without_need(inputs: dict[str, Tensor], backend: B
 def test_forward_mode_differentiation_is_not_skipped(inputs: dict[str, Tensor]) -> None:
     """``no_grad`` does not disable forward-mode differentiation, which tt_linear does not support.
 
-    Therefore the call must fail, instead of a result without the tangent.
+    The call must therefore fail instead of returning a result without the tangent.
     """
     with forward_ad.dual_level(), torch.no_grad():
         x = forward_ad.make_dual(inputs["x"], torch.ones_like(inputs["x"]))

@@ -81,7 +81,7 @@ def test_a_setting_that_stops_a_backend_is_in_the_report() -> None:
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])
 def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
-    """The error is in one gradient of one backend, and as small as a thousandth."""
+    """One gradient of one backend is wrong by only a thousandth, or is NaN."""
     right = torch.ops.efft.tt_linear_bwd.eager
     monkeypatch.setitem(
         sys.modules["efft_kernels.ops.tt_linear"]._BACKWARD,

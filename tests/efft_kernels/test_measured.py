@@ -1,4 +1,8 @@
-"""Test the choice of ``auto`` between the library's kernels and the vendor's products by a table of measurements."""
+"""Test the choice of ``auto`` between the library's kernels and the vendor's products by a table of measurements.
+
+A *case* is an op with its sizes, its dtype and the compute capability of the GPU. A *row* of the table holds the
+measured time of each backend for one case.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +86,7 @@ def test_what_a_row_speaks_for(change: dict[str, object], speaks: bool) -> None:
 def test_where_no_row_is_of_this_layer(
     change: dict[str, object], speaks: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """If no row has the widths of the layer, rows with similar widths decide, unless the case can be measured."""
+    """If no row has the layer's d_in and d_out, rows with similar widths decide, unless the case can be measured."""
     case = replace(CASE, **change)
     assert (nearest(case, [row(CASE, 50)], widths=2.0) is not None) == speaks
     use_table(monkeypatch, tmp_path / "own.json", row(CASE, 50))
@@ -123,7 +127,7 @@ def test_the_fastest_of_those_that_can_run(monkeypatch: pytest.MonkeyPatch, tmp_
     assert fastest(CASE, CPU, ["eager", "triton", "cuda"]) == "cuda"
     assert fastest(CASE, CPU, ["eager", "triton"]) == "triton"
     assert fastest(replace(CASE, d_in=3072), CPU, ["eager", "cuda"]) == "eager", (
-        "the answer comes from an older row, without cuda"
+        "the row of this case has no time of cuda"
     )
     assert fastest(replace(CASE, d_in=3072), CPU, ["cuda"]) is None
 
@@ -197,6 +201,7 @@ def test_the_table_is_asked_once(settled: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_row_speaks_for_its_generation_of_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # The field ``kernels`` of a row is the generation of the CUDA kernels that were measured.
     first, second = row(CASE, 150, cuda=90), replace(row(CASE, 150, cuda=110), kernels=2)
     use_table(monkeypatch, tmp_path / "measured.json", second, first)
     assert measured.read(tmp_path / "measured.json") == (second, first)

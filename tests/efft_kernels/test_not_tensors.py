@@ -1,4 +1,7 @@
-"""Test that every op rejects an argument that is not a tensor or a number, with an error that names the argument."""
+"""Test that the ops reject a NumPy array in place of a tensor, and scalar arguments that are not numbers.
+
+The error must name the argument.
+"""
 
 from __future__ import annotations
 

@@ -49,9 +49,9 @@ class Adapter(nn.ModuleDict):
         self._originals: dict[str, Any] = {}
         self._base_buffers: dict[str, Tensor] = {}  # copies of the buffers of the base model
         self._base_extras: dict[str, Tensor] = {}  # copies of the trained biases and norms, from the base model
-        self._unknown: set[str] = set()  # the buffers, biases and norms of which these copies are out of date
-        self._aside = False  # whether buffers, biases and norms have the values of the base now (efft.disabled)
-        self._loading: Any = None  # the state dict that the model loads now (efft.adapting.loading.Loading)
+        self._unknown: set[str] = set()  # names of buffers, biases and norms whose copies are out of date
+        self._aside = False  # whether efft.disabled has put in the buffers, biases and norms of the base
+        self._loading: Any = None  # describes the state dict that is being loaded (efft.adapting.loading.Loading)
         # Modules that stay in eval mode. They are in a plain list, so they are not registered as submodules again.
         self._still: list[nn.Module] = []
         self._requires_grad: dict[str, bool] = {}
@@ -98,7 +98,9 @@ def adapter_of(model: nn.Module) -> Adapter:
 
 
 def check_not_aside(adapter: Adapter, operation: str) -> None:
-    """Check that the model has its trained buffers, biases and norms, which ``efft.disabled`` replaces by the base's.
+    """Check that the model has its trained buffers, biases and norms.
+
+    Within its ``with`` block, ``efft.disabled`` replaces them by those of the base.
 
     Args:
         adapter: the adapter of the model.
@@ -195,8 +197,8 @@ def _tell_of_dense(adapter: Adapter, layers: Mapping[str, Update]) -> None:
     readers = {type(u.module).__name__ if isinstance(u, AdaptedParameter) else u.reader for u in dense.values()}
     known = ", ".join(sorted(reader for reader in readers if reader)) or "the modules around them"
     warnings.warn(
-        f"{len(dense)} of {len(layers)} adapted weights, {next(iter(dense))!r} first, are read by {known}, where no "
-        "call can be intercepted: every pass builds dense weights that include the update, "
+        f"{len(dense)} of {len(layers)} adapted weights, {next(iter(dense))!r} first, are read directly by {known}, "
+        "and such reads cannot be intercepted: every pass builds dense weights that include the update, "
         f"{size / 2**20:.3g} MiB in all. The result is correct; to save the time and memory, exclude these weights, or "
         "merge the update for inference",
         stacklevel=2,

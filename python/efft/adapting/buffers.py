@@ -1,4 +1,7 @@
-"""Copy, compare and restore the buffers that training changes, such as the running statistics of batch norms."""
+"""Copy, compare and restore the buffers that training changes, such as the running statistics of batch norms.
+
+:func:`statistics` finds the modules that update such buffers.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) 
 def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[bool]:
     """Replace the buffers that differ from ``base`` by copies of ``base`` within the ``with`` block.
 
-    Changes to these copies are lost. The value of the ``with`` statement tells whether a buffer was replaced.
+    Changes to these copies are lost. Yield whether a buffer was replaced.
     """
     trained = []
     for name, module, key in list(_changed(model, head, base)):

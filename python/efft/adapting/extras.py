@@ -62,6 +62,9 @@ def as_in_base(model: nn.Module, base: Mapping[str, Tensor]) -> Iterator[None]:
     The model gets other parameter objects for that time, so that autograd graphs that already exist are not affected.
     If the model is sharded by ``fully_shard``, which keeps track of the parameter objects, the values are copied into
     the existing parameters instead, and the trained values are copied back after the block.
+
+    Raises:
+        ValueError: DeepSpeed's ZeRO-3 manages the parameters, or a base value is not known (:func:`check_known`).
     """
     if base:
         check_not_zeros(model, "disabled")

@@ -27,7 +27,7 @@ def find_head(model: nn.Module, config_head: list[str] | None) -> list[str]:
     declares. The output embeddings of a language model are pretrained, so they do not belong to a head. For a model of
     timm, the head is the classifier that the model declares. For any other model, the head consists of the children
     that have a usual name of a head. If there are none and the model has a child ``backbone``, it consists of all other
-    children. If neither is the case, a model of timm or transformers inside ``model`` is searched for. The list is
+    children. If neither is the case, it is the head of a model of timm or transformers inside ``model``. The list is
     empty if no module that contains a matrix is found.
 
     Raises:

@@ -273,7 +273,7 @@ def _check_trainable(model: nn.Module, head: list[str], aside: Aside) -> None:
 
 
 def _warn_of_tied_head(model: nn.Module, head: list[str]) -> None:
-    """Warn if the head owns a parameter that a module outside the head owns too."""
+    """Warn if a module outside the head shares a parameter with the head."""
     inside = {id(module) for name in head for module in model.get_submodule(name).modules()}
     of_head: dict[int, str] = {}
     others: dict[int, str] = {}
@@ -284,9 +284,9 @@ def _warn_of_tied_head(model: nn.Module, head: list[str]) -> None:
     tied = next((key for key in of_head if key in others), None)
     if tied is not None:
         warnings.warn(
-            f"{of_head[tied]} of the head and {others[tied]} are one parameter, so training the head changes the "
+            f"{of_head[tied]!r} of the head and {others[tied]!r} are one parameter, so training the head changes the "
             "backbone too, and neither efft.remove nor efft.disabled restores this parameter: give the head its own "
-            "(layer.weight = nn.Parameter(layer.weight.detach().clone())), or leave it out of the head (head=[])",
+            "one (layer.weight = nn.Parameter(layer.weight.detach().clone())), or leave it out of the head (head=[])",
             stacklevel=3,
         )
 

@@ -1,11 +1,12 @@
-"""Follow ``load_state_dict`` of an adapted model: refuse weights that do not fit, and know the values of the base.
+"""Define hooks that check what ``load_state_dict`` loads into an adapted model, and record the values of the base.
 
-Weights that contain a merged update must not meet factors that would add the update again, and a model whose update is
-merged must not get other weights or factors, because its weights would no longer contain the update of its factors.
+The hooks refuse two kinds of state dicts. If the weights in a state dict contain a merged update, the factors of a
+model that is not merged would add the update again. If the update of the model is merged and the state dict replaces
+weights or factors, the merged weights would no longer contain the update of the factors.
 
-A checkpoint without factors is one of the base model. Its biases, norms and buffers are those that ``efft.disabled``
-and ``efft.remove`` restore. A checkpoint with factors has the trained values instead. If its frozen weights are those
-of another base, the base's values of biases, norms and buffers are then not known.
+A state dict without factors belongs to a base model. Its biases, norms and buffers are the values that
+``efft.disabled`` and ``efft.remove`` restore. A state dict with factors contains the trained values instead. If its
+frozen weights are those of another base, that base's values of biases, norms and buffers are not known.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ class Loading(NamedTuple):
     """Describe a state dict while the model loads it.
 
     Attributes:
-        names: the names of its tensors.
-        has_factors: whether some of them are factors.
-        replaced: a frozen weight of the model that gets other values, and its values before; None if there is none.
+        names: the names of the tensors in the state dict.
+        has_factors: whether the state dict contains factors.
+        replaced: the update of one weight that gets other values, and the previous values of this weight. None if no
+            weight gets other values.
     """
 
     names: frozenset[str]
@@ -43,7 +45,7 @@ class Loading(NamedTuple):
 
 
 def hooks_for(model: nn.Module) -> list[Any]:
-    """Register the hooks of this module on an adapted model, and return their handles."""
+    """Register all hooks that this module defines on an adapted model, and return their handles."""
     return [
         model.register_state_dict_post_hook(_mark_merged),
         model.register_load_state_dict_pre_hook(_before),
@@ -61,9 +63,9 @@ def check_base_known(model: nn.Module, adapter: Adapter) -> None:
     extras.check_known(model, adapter._base_extras)
     if adapter._unknown:
         raise ValueError(
-            f"the base's values of {min(adapter._unknown)} are not known, because a state dict with factors and with "
-            "another base was loaded: load the state dict of that base too, before it, or adapt a model that has the "
-            "weights of the base"
+            f"the base's values of {min(adapter._unknown)!r} are not known, because a state dict with factors and with "
+            "the weights of another base was loaded: load the state dict of that base first, or adapt a model that has "
+            "the weights of the base"
         )
 
 
@@ -75,11 +77,11 @@ def _mark_merged(model: nn.Module, state_dict: dict[str, Any], prefix: str, loca
 def _before(
     model: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
 ) -> None:
-    """Look at a state dict before the model loads it.
+    """Check a state dict before the model loads it.
 
     Raises:
-        ValueError: the state dict has a merged update and the model has none, or the update of the model is merged and
-            the state dict has other weights or factors. The model is unchanged.
+        ValueError: the state dict contains a merged update and the update of the model is not merged, or the update of
+            the model is merged and the state dict has other weights or factors. The model is unchanged.
         RuntimeError: the model is within a block of ``efft.disabled`` that has replaced biases, norms or buffers.
     """
     adapter = getattr(model, "efft", None)
@@ -130,7 +132,7 @@ def _after(model: nn.Module, incompatible: Any) -> None:
 
 
 def _is_update(update: Update, before: Tensor) -> bool:
-    """Return whether a weight that had the values ``before`` has changed by its update, up to rounding."""
+    """Return whether the current weight is ``before`` plus its update, up to rounding."""
     try:
         delta = update.delta_weight().double()
     except ValueError:  # the method does not update weights, so nothing can have been merged

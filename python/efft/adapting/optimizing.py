@@ -27,14 +27,14 @@ def parameter_groups(
     """Return parameter groups for an optimizer, one per kind of trained parameters.
 
     The kinds are ``factors``, ``head``, ``scales``, ``diagonals`` (of ``layer_scale``), ``biases`` and ``norms``. The
-    group ``head`` also contains all trained parameters that belong to no other kind. The factors named C in EFFT are
+    group ``head`` also contains all trained parameters that belong to no other kind. Factors with the name C are
     ``cores``, and all other factors are ``sides``. If ``rates`` or the adapter's configuration sets different rates for
     these two kinds, they replace ``factors``.
 
     As in the paper's recipe, weight decay acts only on factors and head. For a model without factors (a linear probe),
     all trained parameters are in ``head``, and a UserWarning is issued if nothing in the model is frozen. Empty groups
-    are left out. A UserWarning is issued if the parameters of a kind are stored in so few bits that most of their
-    entries would not change by a step of the size of the learning rate.
+    are left out. A UserWarning is issued if rounding to the dtype of the parameters of a kind would undo a step of the
+    size of the learning rate in most of their entries.
 
     Args:
         model: a model that :func:`apply`, or peft with an ``EfftPeftConfig``, has adapted. It may also be a module that
@@ -50,7 +50,8 @@ def parameter_groups(
 
     Raises:
         ValueError: a rate is not a positive number, a kind is unknown, ``rates`` and ``head_lr`` or ``scale_lr`` set
-            the same rate, or the active adapters of peft, or the models inside ``model``, have different rates.
+            the same rate, or the active adapters of peft or the models inside ``model`` have different rates.
+        RuntimeError: the model is within a block of :func:`efft.disabled` that has replaced biases, norms or buffers.
     """
     _check_rates(rates or {}, head_lr, scale_lr)
     model = unwrap(model)
@@ -114,7 +115,7 @@ def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 @torch.no_grad()
 def _warn_of_lost_steps(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Warn about groups in which rounding would undo a step of the size of the learning rate in most of the entries."""
+    """Warn about each group in which rounding would undo a step of the size of the learning rate in most entries."""
     for group in groups:
         narrow = [p for p in group["params"] if group["lr"] and _is_narrow(p)]
         entries = sum(p.numel() for p in group["params"])

@@ -56,8 +56,8 @@ def place(
     return {name: adapted[of[name]] for name in weights}
 
 
-#: The kinds of weights that the module reads that owns them. Such a module is not replaced. The numbers give the order
-#: in which the sites are bound.
+#: The kinds of weights that are read by the module that owns them. Such a module is not replaced. The numbers give the
+#: order in which the sites are bound.
 _READ = {"parameter": 1, "experts": 2}
 
 

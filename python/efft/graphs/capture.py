@@ -156,15 +156,18 @@ class Constants:
     def _change(self) -> str | None:
         for name, module, training, children in self._modules:
             if module.training != training:
-                return f"{name or 'the model'} was switched to {'training' if module.training else 'eval'} mode"
+                return (
+                    f"{repr(name) if name else 'the model'} was switched to "
+                    f"{'training' if module.training else 'eval'} mode"
+                )
             if module._modules != children:
-                return f"a module inside {name or 'the model'} was replaced"
+                return f"a module inside {repr(name) if name else 'the model'} was replaced"
         for name, registry, key, tensor, address in self._tensors:
             if registry.get(key) is not tensor or _address(tensor) != address:
-                return f"the memory of {name} was replaced"
+                return f"the memory of {name!r} was replaced"
         for name, update, enabled, merged in self._updates:
             if update.enabled != enabled or update.merged != merged:
-                return f"the update of {name} was merged, unmerged, disabled or enabled"
+                return f"the update of {name!r} was merged, unmerged, disabled or enabled"
         return None
 
 

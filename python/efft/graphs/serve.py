@@ -61,8 +61,8 @@ def graph_serve(
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError(
-            f"{_NAME}: expected a model in eval mode, but {training or 'the model'} is in training mode: call "
-            "model.eval() first"
+            f"{_NAME}: expected a model in eval mode, but {repr(training) if training else 'the model'} is in training "
+            "mode: call model.eval() first"
         )
     if any(isinstance(h, functools.partial) and h.func is check_batch for h in model._forward_pre_hooks.values()):
         raise ValueError(

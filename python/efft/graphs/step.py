@@ -34,7 +34,8 @@ def graph_step(
 ) -> GraphStep:
     """Capture a training step of ``model``, which must be on one GPU, as a CUDA graph.
 
-    The result is called once per batch and returns the loss. It computes exactly what this loop computes::
+    The result is called once per batch and returns the loss. It computes exactly what this loop computes (without a
+    ``scaler`` or ``clip_norm``, the lines with them do not apply)::
 
         for batch in batches:
             with torch.autocast("cuda", autocast):

@@ -80,6 +80,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], base_model: st
             - buffers have changed in a module that has adapted layers inside,
             - a trained bias is not called ``bias``, or
             - peft would adapt or train other modules than those of the adapter, because of their names.
+        RuntimeError: the model is within a block of :func:`efft.disabled` that has replaced biases, norms or buffers.
     """
     model = unwrap(model)
     adapter, folder = adapter_of(model), Path(folder)

@@ -73,7 +73,7 @@ class EfftConfig(AdapterConfig):
     [Wq|Wk|Wv|Wo] as one d x 4d matrix."""
 
     rank: int | tuple[int, int] | dict[str, int | tuple[int, int]] = 32
-    """The rank r of the tensor train, or (r1, r2) for rectangular cores, or a dict of either per group."""
+    """The rank r of the tensor train, (r1, r2) for rectangular cores, or a dict with one of these per group."""
 
     scale: float | Literal["auto"] | dict[str, float | Literal["auto"]] = 1.0
     """The multiplier s of the update (it is not divided by the rank), or a dict with one per group. With "auto", s is
@@ -236,10 +236,11 @@ class EfftConfig(AdapterConfig):
         return config
 
     def planner(self, model: nn.Module) -> Callable[[EfftConfig], tuple[Sequence[EfftGroup], int]]:
-        """Return a function that plans configurations that differ from this one in their rank, bias and norms only.
+        """Return a function that plans other configurations for ``model``.
 
-        The function returns the groups of such a configuration in ``model``, and the number of entries of all biases
-        and norms that the configuration trains in addition to factors and head.
+        The other configurations may differ from this one only in the rank, ``bias`` and ``norms``. The function returns
+        the groups of a configuration, and the number of entries of all biases and norms that the configuration trains
+        in addition to factors and head.
         """
         head = find_head(model, self.head)
         structure = structure_of(model, head, share_tied=True)

@@ -33,7 +33,7 @@ class FacTTKBank(BlockBank):
 
 @dataclass
 class FacTTKConfig(MethodConfig):
-    """Factor-tuning in the Tucker form, according to the formula in the paper.
+    """Configure factor-tuning in the Tucker form, according to the formula in the paper.
 
     For fc1 and fc2, the authors' code reshapes ``K ×₃ P`` in a way that mixes the indices of block and rank. With the
     same number of parameters, that code computes other updates.

@@ -36,7 +36,7 @@ class FacTTTBank(BlockBank):
 
 @dataclass
 class FacTTTConfig(MethodConfig):
-    """Factor-tuning in the tensor-train form, without the authors' dropout of activations of rank r."""
+    """Configure factor-tuning in the tensor-train form, without the authors' dropout of rank-r activations."""
 
     method = "fact_tt"
     paper = "2212.03145"

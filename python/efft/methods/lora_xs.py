@@ -51,7 +51,7 @@ class LoRAXSBank(StackedBank):
 
 @dataclass
 class LoRAXSConfig(MethodConfig):
-    """Extremely small low-rank adaptation."""
+    """Configure low-rank adaptation with an extremely small number of parameters."""
 
     method = "lora_xs"
     paper = "2405.17604"

@@ -107,7 +107,7 @@ class AdapterLinear(EfftLinear):
 
 @dataclass
 class LoRETTAConfig(MethodConfig):
-    """Define the fields of both forms."""
+    """Define the fields that the configurations of both forms have."""
 
     paper = "2402.11417"
     bank = LoRETTABank
@@ -131,7 +131,7 @@ class LoRETTAConfig(MethodConfig):
 
 @dataclass
 class LoRETTARepConfig(LoRETTAConfig):
-    """Low-rank economic tensor-train adaptation by reparametrization: ``ΔW = s · A B``.
+    """Configure low-rank economic tensor-train adaptation by reparametrization: ``ΔW = s · A B``.
 
     The authors' s is alpha / bottleneck.
     """
@@ -142,7 +142,7 @@ class LoRETTARepConfig(LoRETTAConfig):
 
 @dataclass
 class LoRETTAAdpConfig(LoRETTAConfig):
-    """Low-rank economic tensor-train adaptation by adapters ``z + s · (relu(z A + b_A) B + b_B)``.
+    """Configure low-rank economic tensor-train adaptation by adapters ``z + s · (relu(z A + b_A) B + b_B)``.
 
     The adapters follow the attention and the MLP of every block or, if ``targets`` is a list, all listed layers. They
     cannot be merged.

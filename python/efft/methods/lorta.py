@@ -48,7 +48,7 @@ class LoRTABank(BlockBank):
 
 @dataclass
 class LoRTAConfig(HeadedConfig):
-    """Low-rank tensor adaptation. The authors adapt q, k, v and o (``targets="mhsa"``)."""
+    """Configure low-rank tensor adaptation. The authors adapt q, k, v and o (``targets="mhsa"``)."""
 
     method = "lorta"
     paper = "2410.04060"

@@ -31,7 +31,7 @@ class LoTRBank(StackedBank):
 
 @dataclass
 class LoTRConfig(MethodConfig):
-    """Low tensor rank adaptation in the Tucker-2 form. The authors' s is alpha / r."""
+    """Configure low tensor rank adaptation in the Tucker-2 form. The authors' s is alpha / r."""
 
     method = "lotr"
     paper = "2402.01376"

@@ -1,4 +1,4 @@
-"""Implement MetaTT (arXiv 2506.09105): one tensor train over input, layer, matrix, head (only in 5D) and output."""
+"""Implement MetaTT (arXiv 2506.09105): one tensor train over input, block, matrix, head (only in 5D) and output."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MetaTT5DBank(BlockBank):
 
 @dataclass
 class MetaTT4DConfig(MethodConfig):
-    """A global tensor train, without a mode for heads."""
+    """Configure a global tensor train without a mode (a dimension) for heads."""
 
     method = "metatt_4d"
     paper = "2506.09105"
@@ -68,7 +68,7 @@ class MetaTT4DConfig(MethodConfig):
 
 @dataclass
 class MetaTT5DConfig(HeadedConfig):
-    """A global tensor train with a mode for heads."""
+    """Configure a global tensor train with a mode (a dimension) for heads."""
 
     method = "metatt_5d"
     paper = "2506.09105"

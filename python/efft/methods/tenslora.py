@@ -63,7 +63,7 @@ class TensLoRABank(BlockBank):
 
 @dataclass
 class TensLoRAConfig(HeadedConfig):
-    """Tensor alternatives for LoRA with the Tucker decomposition.
+    """Configure the tensor alternatives to LoRA, which use the Tucker decomposition.
 
     The columns of a head are adjacent, as in the attention. In the authors' code, a head has every H-th column.
     """

@@ -41,7 +41,7 @@ class TTLoRABank(StackedBank):
 
 @dataclass
 class TTLoRAConfig(MethodConfig):
-    """Tensor-train low-rank adaptation."""
+    """Configure tensor-train low-rank adaptation."""
 
     method = "tt_lora"
     paper = "2408.01008"

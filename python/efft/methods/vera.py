@@ -38,7 +38,7 @@ class VeRABank(StackedBank):
 
 @dataclass
 class VeRAConfig(MethodConfig):
-    """Vector-based random matrix adaptation."""
+    """Configure vector-based random matrix adaptation."""
 
     method = "vera"
     paper = "2310.11454"

@@ -138,7 +138,8 @@ def _is_bias(name: str, parameter: Tensor) -> bool:
 def _is_trained(module: nn.Module, parameter: Tensor) -> bool:
     """Return whether a model trains a parameter of ``module``, as far as ``requires_grad`` tells.
 
-    If no parameter in the module requires a gradient, the user has frozen it.
+    If no parameter of the module requires a gradient, the user has probably frozen the whole module. The parameter then
+    counts as trained.
     """
     return parameter.requires_grad or not any(p.requires_grad for p in module.parameters())
 

@@ -23,7 +23,7 @@ _MOST_PARTS = 4
 
 @dataclass
 class TensorTrain:
-    """Sizes of a tensor train: ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``.
+    """Hold the sizes of a tensor train: ``U [d_in, r1]``, ``C [n_layers, n_cores, r1, r2]``, ``V [r2, d_out]``.
 
     ``sites`` maps the name of each weight to the part of the tensor train that the weight uses.
     """

@@ -96,7 +96,7 @@ class AdapterPool:
         self._changing = threading.RLock()  # adapters are added one at a time, but calls of the model do not wait
         self._lock = threading.RLock()
         self._rows = capacity + 1  # row 0 belongs to the base
-        self._slots: dict[str, int] = {}
+        self._slots: dict[str, int] = {}  # adapter -> its slot, which is its row in the stacks
         self._in_use: Counter[str] = Counter()
         self._fixed: dict[FixedBatch, list[str]] = {}  # fixed batch -> the names of its adapters
         self._layers: dict[str, PooledLinear] = {}
@@ -159,7 +159,8 @@ class AdapterPool:
                 does not update weights, has adapted weights other than those of linear layers, has buffers (statistics
                 of batch norms) that training has changed, or has a head that does not consist of linear layers like
                 those of the model.
-            RuntimeError: the adapter needs new stacks while a fixed batch exists (:meth:`fixed_batch`).
+            RuntimeError: the adapter needs new stacks while a fixed batch exists (:meth:`fixed_batch`), or ``adapted``
+                is within a block of :func:`efft.disabled` that has replaced biases, norms or buffers.
         """
         with self._changing, torch.inference_mode(False):  # inference tensors could not be written later
             self._check_new(name)

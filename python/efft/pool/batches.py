@@ -154,7 +154,16 @@ def check_batch(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Check, before the model runs, that the batch has as many samples as adapters were selected."""
+    """Check that a batch has as many samples as adapters were selected. The model runs this as a forward pre-hook.
+
+    Args:
+        selected: the selection of the running context. Nothing is checked if all samples use the same adapters.
+        learn: called with the inputs and the number of samples, to find the layouts (:func:`find_layouts`).
+        model, args, kwargs: the model, and the arguments of its forward.
+
+    Raises:
+        ValueError: the first tensor in the inputs has another number of samples.
+    """
     selection = selected.get()
     if selection is None or selection.weights is not None:
         return

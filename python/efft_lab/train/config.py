@@ -162,11 +162,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.prune_at is not None and self.epochs == 1:
+            raise ValueError(f"prune_at must be an epoch before the last, but epochs is 1; got {self.prune_at}")
         if self.prune_at is not None and not (METHODS[self.method].prunable and 1 <= self.prune_at < self.epochs):
             known = " or ".join(name for name, method in METHODS.items() if method.prunable)
             raise ValueError(
-                f"prune_at needs method {known} and must be from 1 to {self.epochs - 1}, which is the epoch before the "
-                f"last, got {self.prune_at} with method {self.method!r}"
+                f"prune_at needs method {known} and must be an epoch before the last, from 1 to {self.epochs - 1}, got "
+                f"{self.prune_at} with method {self.method!r}"
             )
         if not 0 < self.prune_keep <= 1:
             raise ValueError(f"prune_keep must be in (0, 1], got {self.prune_keep}")

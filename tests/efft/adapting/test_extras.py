@@ -432,7 +432,7 @@ def test_a_checkpoint_of_another_base(tiny_vit: Make, trained: Make, images: Ten
     efft.apply(model, efft.EfftConfig(**ALL))
     model.load_state_dict(source.state_dict())
     assert torch.equal(model(images), source(images))
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.bias are not known, because a state dict"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj\.bias' are not known, because a state dict"):
         efft.remove(model)
     with pytest.raises(ValueError, match="are not known"), efft.disabled(model):
         pass

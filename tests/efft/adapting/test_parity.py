@@ -209,7 +209,7 @@ def test_dropout_keeps_the_mean_of_the_update(tiny_vit: Make, randomize: Make) -
 
 def test_gated_mlp_has_one_core_for_each_half_of_fc1(tiny_vit: Make, randomize: Make, images: Tensor) -> None:
     """In DINOv2's packed SwiGLU, the update of fc1 is [U C_0 V | U C_1 V], and that of fc2 is (U C_2 V)ᵀ."""
-    layers = pytest.importorskip("timm").layers
+    layers = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'").layers
     base = tiny_vit(mlp_layer=layers.SwiGLUPacked, mlp_ratio=4).double().eval()
     model = randomize(efft.apply(copy.deepcopy(base), efft.EfftConfig(rank=4, targets="ffn", scale=0.6)))
     factors = model.efft["ffn"]

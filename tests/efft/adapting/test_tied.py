@@ -149,5 +149,5 @@ def test_a_head_that_shares_a_parameter_with_the_backbone(base: nn.Module, recwa
     assert not recwarn.list
     base.head.weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))
     base.register_parameter("table", base.head.weight)
-    with pytest.warns(UserWarning, match=r"head\.weight of the head and table are one parameter"):
+    with pytest.warns(UserWarning, match=r"head\.weight' of the head and 'table' are one parameter"):
         efft.apply(base, efft.EfftConfig(rank=2))

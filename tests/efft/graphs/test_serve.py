@@ -174,7 +174,7 @@ def test_models_that_are_refused(model: nn.Module, device: torch.device) -> None
     refused(model, (torch.zeros((), device=device),), r"first dimension indexes the same number .* shapes \[\[\]\]")
     refused(model, (images(0, device),), "at least one")
     model.blocks[1].train()
-    refused(model, x, "expected a model in eval mode, but blocks.1 is in training mode")
+    refused(model, x, "expected a model in eval mode, but 'blocks.1' is in training mode")
     model.eval()
     efft.merge(model)
     refused(model, x, r"an update that is not merged: call efft.unmerge\(model\) first", without_adapter=True)

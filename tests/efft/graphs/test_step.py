@@ -412,10 +412,10 @@ def _replace_data(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 CHANGES: dict[str, tuple[Callable[[nn.Module, torch.optim.Optimizer], object], str]] = {
     "eval": (lambda model, optimizer: model.eval(), "was switched to eval mode since the capture"),
-    "one module": (lambda model, optimizer: model.blocks[0].norm1.eval(), r"blocks.0.norm1 was switched to eval"),
+    "one module": (lambda model, optimizer: model.blocks[0].norm1.eval(), r"'blocks.0.norm1' was switched to eval"),
     "merged": (lambda model, optimizer: efft.merge(model), "was merged, unmerged, disabled or enabled"),
     "removed": (lambda model, optimizer: efft.remove(model), "was replaced since the capture"),
-    "new data": (_replace_data, "the memory of head.weight was replaced"),
+    "new data": (_replace_data, "the memory of 'head.weight' was replaced"),
     "new module": (lambda model, optimizer: setattr(model, "head", nn.Linear(16, 5)), "inside the model was replaced"),
     "betas": (
         lambda model, optimizer: optimizer.param_groups[0].update(betas=(0.5, 0.9)),

@@ -230,7 +230,7 @@ def test_lora_xs_works_between_singular_vectors(
 
 def with_peft(model: nn.Module, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
     """Return ``model`` with an adapter of ``peft`` on every qkv layer, and these layers by name."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     config = getattr(peft, settings.pop("config"))(target_modules=["qkv"], **settings)
     adapted = peft.get_peft_model(model, config).base_model.model
     return adapted, {n: m for n, m in adapted.named_modules() if n.endswith("attn.qkv")}

@@ -120,7 +120,9 @@ def test_exclude_that_matches_nothing_or_everything(tiny_vit: Make) -> None:
 def test_multihead_attention(where: str) -> None:
     """The output projection is a layer, and the packed input projection is a parameter."""
     if where == "torchvision":
-        models = pytest.importorskip("torchvision").models
+        models = pytest.importorskip(
+            "torchvision", reason="needs torchvision: pip install 'efft-kernels[vision]'"
+        ).models
         model: nn.Module = models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=5)
     else:
         model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
@@ -168,7 +170,7 @@ def test_head_of_timm_models(tiny_vit: Make, tiny_swin: Make) -> None:
 
 
 def test_head_of_a_distilled_model() -> None:
-    models = pytest.importorskip("timm").models
+    models = pytest.importorskip("timm", reason="needs timm: pip install 'efft-kernels[vision]'").models
     model = models.deit.VisionTransformerDistilled(
         img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5
     )

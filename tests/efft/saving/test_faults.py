@@ -1,6 +1,6 @@
 """Test the faults in the table of docs/faults.md one by one.
 
-Each test checks the error in the table, and that models and files do not change.
+Each test checks that the table states what happens, such as an error, and whether models and files have changed.
 """
 
 from __future__ import annotations
@@ -124,10 +124,10 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "head named like a path": lambda folder: edit_config(folder, lambda d: d.update(head=["../../x"])),
     "hash that is a path": lambda folder: edit_config(folder, lambda d: d.update(weights={"sha256": "../x"})),
     "rank of 10³⁰": lambda folder: edit_config(folder, lambda d: d["config"].update(rank=10**30)),
-    "patterns without end": lambda folder: edit_config(
+    "patterns of unlimited length": lambda folder: edit_config(
         folder, lambda d: d["config"].update(exclude=["(.*)*"] * 200_000)
     ),
-    "scale that is no number": lambda folder: edit_config(folder, lambda d: d["config"].update(scale=float("nan"))),
+    "scale that is not a number": lambda folder: edit_config(folder, lambda d: d["config"].update(scale=float("nan"))),
 }
 
 
@@ -154,14 +154,14 @@ def test_a_header_that_promises_more_than_there_is(
 ) -> None:
     header = json.dumps({"efft.ffn.U": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}})
     write_weights(saved[1], len(header).to_bytes(8, "little") + header.encode())
-    offered("factor of 10⁶ × 10⁶ entries in the header alone", saved[1])
+    offered("header that claims a factor of 10⁶ × 10⁶ entries", saved[1])
 
 
 def test_a_pickle_in_place_of_the_weights(
     saved: tuple[nn.Module, Path], offered: Callable[[str, Path], None], tmp_path: Path
 ) -> None:
     write_weights(saved[1], pickle.dumps(Code(tmp_path / "ran")))
-    offered("pickle in place of the weights", saved[1])
+    offered("pickle instead of the weights", saved[1])
     assert not (tmp_path / "ran").exists()
 
 
@@ -247,7 +247,7 @@ def test_killed_while_saving(
         assert torch.equal(loaded, old) or torch.equal(loaded, model(images))
         seen.add(torch.equal(loaded, old))
     assert seen == {True, False}
-    case("process killed while an adapter is saved", "the earlier adapter loads or the new one", "whole")
+    case("process killed while an adapter is saved", "either the earlier or the new adapter loads", "undamaged")
 
 
 def test_two_processes_save_into_one_folder(tmp_path: Path, case: Case) -> None:
@@ -272,12 +272,12 @@ def test_backbones_with_code_in_them(tiny_vit: Make, refused: Refused, unchanged
 
     model, path = tiny_vit(num_classes=0), tmp_path / "backbone.pth"
     torch.save({"model": Code(tmp_path / "ran")}, path)
-    with unchanged(model), refused("backbone's .pth file with code in it"):
+    with unchanged(model), refused("backbone's .pth file that contains code"):
         load_backbone(model, path)
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["training checkpoint cut off", "training checkpoint with code in it"])
+@pytest.mark.parametrize("name", ["training checkpoint cut off", "training checkpoint that contains code"])
 def test_training_checkpoints(name: str, refused: Refused, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'efft-kernels[train]'")
     from efft_lab.train.folder import CheckpointError, load_checkpoint, save_checkpoint
@@ -334,7 +334,7 @@ def test_threads_that_call_one_model(adapted_vit: Make, case: Case) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    case("eight threads call one model", "each gets what it would get alone, bit for bit", "-")
+    case("eight threads call one model", "each thread gets exactly the output that it would get alone", "-")
 
 
 def trained(model: nn.Module, loader: Any) -> list[Tensor]:
@@ -362,7 +362,7 @@ def test_data_loaders_whose_workers_are_started_while_a_model_trains(start: str,
         warnings.simplefilter("ignore", DeprecationWarning)
         found = trained(adapted_vit(dropout=0.0).train(), loader)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    case(f"data loader with workers started by {start}", "the same training as without workers, bit for bit", "-")
+    case(f"data loader with workers started by {start}", "exactly the same training as without workers", "-")
 
 
 def test_a_run_that_is_repeated(adapted_vit: Make, case: Case) -> None:
@@ -376,6 +376,4 @@ def test_a_run_that_is_repeated(adapted_vit: Make, case: Case) -> None:
         finally:
             torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    case(
-        "the same training twice, with `torch.use_deterministic_algorithms(True)`", "the same factors, bit for bit", "-"
-    )
+    case("two runs of one training, with `torch.use_deterministic_algorithms(True)`", "exactly the same factors", "-")

@@ -1,7 +1,7 @@
 """Provide banks, stacks of layers that use them, and the dense update of a site.
 
 A *bank* is a module that owns factors, and a *site* is the part of a bank that one layer uses. The factors of these
-banks are random, so that no update is zero.
+banks are random, so no update is zero.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def _make_bank(kind: str, n_layers: int = 3, **kwargs: Any) -> tuple[TTFactors, 
     n_cores = 1 + max(core for site in sites for core in site.cores)
     d_out = WIDTH if kind == "attention" else 4 * WIDTH
     kwargs = {"rank": (3, 5), "scale": 0.7, "dtype": torch.float64, **kwargs}
-    # Only some layers have diagonals, so that sites with and without diagonals are composed together.
+    # ``scaled`` names the sides, "in" and "out", on which trainable diagonals scale the update. Only some layers have
+    # diagonals. Sites with and without diagonals are therefore composed together.
     scaled = kwargs.pop("scaled", ())
     kwargs["scaled_inputs"] = [site for site in sites if "in" in scaled and site.layer != 1]
     kwargs["scaled_outputs"] = [site for site in reversed(sites) if "out" in scaled and site.layer != 0]
@@ -69,7 +70,10 @@ def _update(bank: TTFactors, site: Site, masks: Masks | None = None) -> Tensor:
 
 
 class Stack(nn.Module):
-    """Run adapted layers, each with its own input. If ``prepare`` is True, the bank is prepared as in a model."""
+    """Run adapted layers, each with its own input.
+
+    If ``prepare`` is True, the bank composes the factors of all layers when a forward pass starts, as in a model.
+    """
 
     def __init__(self, bank: TTFactors, sites: list[Site], dtype: torch.dtype = torch.float64) -> None:
         super().__init__()

@@ -1,4 +1,8 @@
-"""Test adapting a weight by name: the class of the new layer, refused weights, and readers of a layer's weight."""
+"""Test adapting weights by name.
+
+The tests cover the classes of the new layers, refused weights and wrong names, modules that read the weight of a child
+layer, layers in two places, and embeddings with a padding row.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +88,7 @@ def test_reasons(layer: nn.Module, reason: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3), layer)
     with pytest.raises(TypeError, match=f"1: .*{reason}"):
         adapt(model, {"0": bank(3, 3), "1": bank(3, 3)})
-    assert type(model[0]) is nn.Linear, "nothing is changed"
+    assert type(model[0]) is nn.Linear, "an error must leave the model unchanged"
     assert model[1] is layer
 
 

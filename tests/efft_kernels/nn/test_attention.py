@@ -1,4 +1,8 @@
-"""Compare ``EfftMultiheadAttention`` with ``nn.MultiheadAttention`` whose weights include the dense updates."""
+"""Compare adapted attention with torch's attention whose weights include the dense updates.
+
+The tests cover ``EfftMultiheadAttention``, torch's encoder and decoder layers with adapted weights, and an
+``EfftLinear`` that a user inserts as ``out_proj``.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,10 @@ def factors_of(d_in: int, d_out: int, n_cores: int = 1) -> TTFactors:
 
 
 class Pair:
-    """Hold an attention layer with updates, and the dense sums of its weights."""
+    """Hold an adapted attention layer (``ours``) and a plain copy of it.
+
+    ``reference`` calls the plain copy with the dense sums of weights and updates.
+    """
 
     def __init__(self, names: tuple[str, ...] | None = None, **settings: Any) -> None:
         torch.manual_seed(0)
@@ -58,7 +65,7 @@ class Pair:
 
 
 def inputs(kind: str, batch_first: bool, kdim: int = D, vdim: int = D) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key and value; ``kind`` states which are the same tensor and whether there is a batch."""
+    """Return query, key and value. ``kind`` states which of them are one tensor and whether there is a batch."""
     lead = () if "unbatched" in kind else (BATCH,)
 
     def one(n: int, width: int) -> Tensor:
@@ -167,7 +174,10 @@ def test_dropout_is_torchs_own() -> None:
 
 
 def test_switched_off_it_is_torchs_own() -> None:
-    """In eval mode without gradients, the attention runs torch's fused kernel."""
+    """With disabled updates, the output exactly equals torch's. With merged updates, it equals the dense sums' output.
+
+    In eval mode without gradients, torch's attention may run a fused kernel.
+    """
     pair, (x, _, _) = Pair(batch_first=True), inputs("self", True)
     pair.ours.eval()
     pair.plain.eval()

@@ -1,4 +1,7 @@
-"""Test a bank (a module that holds factors) that a user writes: the methods it needs and those of the base class."""
+"""Test a bank (a module that holds factors) that a user writes as a subclass of ``FactorBank``.
+
+The tests cover the methods that the subclass must define and the methods of the base class.
+"""
 
 from __future__ import annotations
 

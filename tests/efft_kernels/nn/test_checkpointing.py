@@ -1,4 +1,8 @@
-"""Test activation checkpointing: a layer that runs again in backward must get the factors of its own forward pass."""
+"""Test activation checkpointing: a layer that runs again in backward must get the factors of its own forward pass.
+
+A *bank* is the module that holds the factors of many layers. A *pass* is a forward pass from ``bank.prepare()`` to
+``bank.release()``. A *region* is the code that one call of ``checkpoint`` runs again.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("prepare", [True, False], ids=["prepared", "one by one"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_same_as_plain(make_stack: Callable[..., Any], kind: str, dropout: float, prepare: bool) -> None:
-    """Losses and all gradients exactly equal those without checkpointing, with or without dropout, in two passes."""
+    """Losses and all gradients exactly equal those without checkpointing, for two seeds of the dropout masks."""
     stack = make_stack(kind, dropout=dropout, trainable_scale=True)
     stack.prepare = prepare
     for seed in (0, 1):
@@ -62,7 +66,7 @@ def test_backward_twice(make_stack: Callable[..., Any]) -> None:
 
 
 def test_gradients_of_the_inputs_alone(make_stack: Callable[..., Any]) -> None:
-    """A saliency map needs these gradients. The next training step must not treat that pass as unfinished."""
+    """A saliency map needs only the gradients of the inputs. The next pass must not treat that pass as unfinished."""
     stack = make_stack("mlp", dropout=0.4)
     for call in (recompute, lambda layer, x: layer(x)):
         torch.autograd.grad(stack.run(call), stack.inputs)
@@ -70,14 +74,14 @@ def test_gradients_of_the_inputs_alone(make_stack: Callable[..., Any]) -> None:
 
 
 def test_layers_that_were_not_used(make_stack: Callable[..., Any]) -> None:
-    """The first pass does not use fc2, but must still end correctly."""
+    """The first pass does not call the second layer of each MLP, but must still end correctly."""
     stack = make_stack("mlp", dropout=0.4)
     stack.run(lambda layer, x: x * 0 if layer.site.transpose else recompute(layer, x)).backward()
     assert_same(stack.gradients(recompute), stack.gradients())
 
 
 def test_a_part_without_gradients(make_stack: Callable[..., Any]) -> None:
-    """Early layers under no_grad must not be mistaken for reentrant checkpointing."""
+    """The first block runs under ``no_grad``. The bank must not mistake this for reentrant checkpointing."""
     stack = make_stack("mlp")
 
     def call(again: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -116,7 +120,7 @@ def test_reentrant_checkpointing_with_dropout_is_refused(make_stack: Callable[..
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), None], ids=["in order", "in reverse", "together"])
 def test_two_passes_waiting(order: tuple[int, int] | None, dropout: float, make_stack: Callable[..., Any]) -> None:
-    """A layer that runs again in backward gets the factors and the dropout of the corresponding forward pass."""
+    """A layer that runs again in backward gets the factors and the dropout masks of its own forward pass."""
     stack = make_stack("mlp", dropout=dropout)
     leaves = list(stack.bank.parameters())
     results = []
@@ -130,7 +134,7 @@ def test_two_passes_waiting(order: tuple[int, int] | None, dropout: float, make_
 
 
 def test_a_pass_that_feeds_the_next(make_stack: Callable[..., Any]) -> None:
-    """The model is applied to its own output, so that both passes are in one graph."""
+    """Each pass gets the output of the pass before, so all three passes are in one graph."""
     stack = make_stack("mlp", dropout=0.4)
     leaves = list(stack.bank.parameters())
     results = []
@@ -160,7 +164,11 @@ def same_as_plain(stack: Any, forward: Callable[[Callable[..., Tensor]], Tensor]
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_a_region_that_ends_far_from_its_layer(make_stack: Callable[..., Any], dropout: float) -> None:
-    """In the graph, a skip connection leads to the previous pass in fewer steps than to the factors of this pass."""
+    """The region multiplies its input by the output of its layers.
+
+    In the graph, fewer steps lead from the output through the input to the previous pass than from the output through
+    the layers to the factors of this pass.
+    """
     stack = make_stack("mlp", dropout=dropout)
     up, down = stack.layers[:2]
 
@@ -224,7 +232,7 @@ def test_a_part_called_on_the_output_of_a_pass(make_stack: Callable[..., Any]) -
 
 @pytest.mark.parametrize("frozen", [(), ("C", "V")], ids=str)
 def test_reentrant_beside_plain(make_stack: Callable[..., Any], frozen: tuple[str, ...]) -> None:
-    """In one pass, a layer runs with and without checkpointing. Another pass runs before the backward pass."""
+    """In one pass, a layer runs without and with reentrant checkpointing. Another pass precedes the backward pass."""
     stack = make_stack("mlp")
     for name in frozen:
         getattr(stack.bank, name).requires_grad_(False)
@@ -264,7 +272,11 @@ def test_an_abandoned_pass_does_not_block_the_next(make_stack: Callable[..., Any
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_memory_of_passes_is_freed(make_stack: Callable[..., Any], dropout: float) -> None:
-    """No pass keeps activations alive, and only a few keep factors alive, even without the garbage collector."""
+    """The memory of a pass is freed even without the garbage collector.
+
+    No pass keeps activations alive. After passes without a backward pass, the factors of at most two passes are alive;
+    after passes with a backward pass, no factors are alive.
+    """
     stack = make_stack("mlp", dropout=dropout)
     gc.collect()
     gc.disable()

@@ -1,4 +1,7 @@
-"""Compare ``EfftConv2d`` with a convolution by the dense sum of kernel and update in fp64."""
+"""Compare ``EfftConv2d`` with a convolution by the dense sum of kernel and update in fp64.
+
+Other tests cover merging, low precision, the state dict, compilation and refused arguments.
+"""
 
 from __future__ import annotations
 

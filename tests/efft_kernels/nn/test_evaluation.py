@@ -1,6 +1,8 @@
 """Test that evaluations reuse the operands (D, G) of an earlier evaluation, but not after the factors change.
 
-An evaluation is a forward pass in eval mode without gradients.
+An evaluation is a forward pass in eval mode without gradients. The operands D and G are the two thin matrices whose
+product is the update of a layer. A bank, the module that holds the factors of many layers, composes them from its
+factors. Other tests check that training, traced code, copies and distributed processes do not reuse operands.
 """
 
 from __future__ import annotations
@@ -269,7 +271,7 @@ def test_passes_with_a_graph_compose_in_every_pass(x: Tensor, composed: list[int
 
 
 def test_a_pass_with_a_graph_discards_the_operands(x: Tensor, composed: list[int]) -> None:
-    """After such a pass, an optimizer may change the factors in a way that torch does not record."""
+    """After a pass with a graph, an optimizer may change the factors in a way that torch does not record."""
     model = Pair().eval()
     evaluate(model, x)
     model(x)

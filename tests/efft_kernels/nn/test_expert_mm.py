@@ -1,4 +1,7 @@
-"""Compare ``expert_mm``, which multiplies each expert's rows by the expert's matrix, with a loop in plain torch."""
+"""Compare ``expert_mm``, which multiplies each expert's rows by the expert's matrix, with a loop in plain torch.
+
+Other tests check the tensors saved for the backward pass and the registration of the operators.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def test_first_and_second_derivatives(counts: list[int]) -> None:
 
 
 def test_strides_and_dtypes() -> None:
-    """Matrices may be transposed, and rows may be part of a wider tensor; the accuracy does not change."""
+    """The matrices may be transposed, and the rows may be part of a wider tensor."""
     counts = COUNTS[0]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, W, offsets = make(counts, dtype)
@@ -74,7 +77,7 @@ def test_as_an_operator() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_on_a_gpu(counts: list[int], dtype: torch.dtype) -> None:
-    """The code pads sizes that torch's grouped product does not accept (6 and 5 elements)."""
+    """``expert_mm`` pads sizes that torch's grouped product does not accept, here 6 and 5 elements."""
     x, W, offsets = (t.detach().cuda() for t in make(counts, dtype, more=2))
     exact = loop(x.double(), W.double(), counts)
     torch.testing.assert_close(expert_mm(x, W, offsets)[: sum(counts)].double(), exact, atol=5e-2, rtol=5e-2)

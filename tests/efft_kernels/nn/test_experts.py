@@ -1,4 +1,8 @@
-"""Compare adapted experts with experts whose weights are the dense sums of weight and update."""
+"""Compare adapted experts with experts whose weights are the dense sums of weight and update.
+
+A bank is a module that holds factors, and a site is the part of a bank that one weight uses. Other tests cover the
+routing of tokens to experts, merging, copies, compilation and refused arguments.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +63,10 @@ def draw_masks(bank: TTFactors, monkeypatch: pytest.MonkeyPatch) -> Masks:
 
 
 class Product(nn.Module):
-    """Compute only the products of the experts, for either layout of the parameter."""
+    """Compute only the products of the experts.
+
+    The parameter has the layout [experts, d_out, d_in] or, with ``transposed=True``, [experts, d_in, d_out].
+    """
 
     def __init__(self, bank: TTFactors, site: Site, transposed: bool = False, dtype: Any = torch.float64) -> None:
         super().__init__()
@@ -123,7 +130,10 @@ def test_what_a_site_stands_for(dense: Callable[..., Tensor], site: str, sharing
 def test_product_and_gradients(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, prepared: bool, dropout: float
 ) -> None:
-    """Compare with autograd through the dense sum of weight and update. With dropout, masks multiply its factors."""
+    """Compare with autograd through the dense sum of weight and update.
+
+    With dropout, masks multiply the factors of the update.
+    """
     bank = make_bank(dropout=dropout, trainable_scale="matrix")
     model = Product(bank, SITES[site], transposed="columns" in site)
     masks = draw_masks(bank, monkeypatch) if dropout else None
@@ -279,7 +289,7 @@ class Reader(nn.Module):
 def test_a_module_that_reads_the_parameter_itself(
     dense: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, site: str, dropout: float
 ) -> None:
-    """The module reads the weights with the update of the current pass."""
+    """The module reads the sums of the weights and the updates of the current forward pass."""
     bank = make_bank(dropout=dropout)
     d_in, d_out = bank.sizes(SITES[site])
     model = Reader((N_EXPERTS, d_out, d_in))
@@ -307,7 +317,7 @@ def test_a_module_that_reads_the_parameter_itself(
 
 
 class Batched(nn.Module):
-    """Multiply one batch of rows per expert, all batches having the same size, as Llama 4 does."""
+    """Multiply one batch of rows per expert, as Llama 4 does. All batches have the same size."""
 
     def __init__(self, matrices: Tensor) -> None:
         super().__init__()
@@ -334,6 +344,6 @@ def test_a_batch_of_products_takes_no_dense_weights(dense: Callable[..., Tensor]
         torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(right.sin().sum(), wanted), strict=True
     ):
         torch.testing.assert_close(got, expected)
-    one_row = torch.randn(3, d_in, dtype=torch.float64)  # has a different number of dimensions: the product is dense
+    one_row = torch.randn(3, d_in, dtype=torch.float64)  # has two dimensions, so the product uses the dense weight
     torch.testing.assert_close(one_row @ model.matrices, one_row @ exact.matrices)
     assert weight.binding.dense

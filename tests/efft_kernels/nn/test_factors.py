@@ -1,6 +1,7 @@
 """Test TTFactors: the operands (D, G) of each site, with and without dropout, composed together or one by one.
 
-A site is the part of the factors that one layer uses.
+A site is the part of the factors that one layer uses, and D G is the update of this layer. A pass is a forward pass
+from ``prepare`` to ``release``. Other tests cover parameter counts, trainable scales and diagonals, copies, and errors.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def parameters(bank: TTFactors) -> int:
 
 
 def test_parameter_counts_of_the_paper() -> None:
-    """At rank 32, ViT-B/16 has 245,760 parameters for EFFT2, 178,176 with shared cores, and 159,744 for EFFT1."""
+    """At rank 32, ViT-B/16 has 245,760 parameters for EFFT2, 178,176 with shared cores, and 159,744 for EFFT1.
+
+    EFFT2 has one tensor train for attention and one for the MLPs. EFFT1 has one tensor train for both.
+    """
 
     def efft2(sharing: str) -> int:
         attention = TTFactors(768, 768, 32, n_layers=12, n_cores=4, core_sharing=sharing)
@@ -131,7 +135,7 @@ def test_gradients_with_diagonals(
     scaled: tuple[str, ...],
     dropout: float,
 ) -> None:
-    """The oracle is autograd through dense updates. The sites are composed together and one by one."""
+    """Compare with autograd through dense updates. Without dropout, the sites are also composed one by one."""
     stack = make_stack(kind, core_sharing=core_sharing, dropout=dropout, scaled=scaled, trainable_scale="matrix")
     masks = given_masks(stack.bank, [layer.site for layer in stack.layers], monkeypatch) if dropout else None
     got = stack.gradients()
@@ -151,7 +155,7 @@ def test_gradients_with_diagonals(
 
 @SIDES
 def test_diagonals_belong_to_one_site_each(make_bank: Callable[..., Any], kind: str, scaled: tuple[str, ...]) -> None:
-    """Diagonals start at one. An element belongs to one site, or to none if the sites use only some columns of V."""
+    """Diagonals start at one. Each element belongs to one site, or to none if the sites use only some columns of V."""
     bank, sites = make_bank(kind, scaled=scaled)
     bank.reset_parameters()
     used = {name: torch.zeros_like(rows) for name, rows in (("a", bank.a), ("b", bank.b)) if rows is not None}
@@ -172,7 +176,10 @@ def test_diagonals_belong_to_one_site_each(make_bank: Callable[..., Any], kind: 
 
 @pytest.mark.filterwarnings("error")
 def test_layers_are_scaled_in_one_view(make_stack: Callable[..., Any], kind: str) -> None:
-    """Rows of sites that are composed together are adjacent, so no rows are stacked and no gradient is scattered."""
+    """The diagonals of sites that are composed together are adjacent rows of one parameter.
+
+    The bank can therefore use a view of the parameter. It does not need to stack rows or to scatter gradients.
+    """
     stack = make_stack(kind, n_layers=4)
     sites = [layer.site for layer in stack.layers]
     bank = TTFactors(8, stack.bank.d_out, (3, 5), n_layers=4, n_cores=stack.bank.n_cores, scaled_inputs=sites)
@@ -242,7 +249,7 @@ def test_a_scale_that_follows_another(make_bank: Callable[..., Any], update: Cal
 
 
 def test_one_launch_for_each_kind_of_site(make_stack: Callable[..., Any]) -> None:
-    """qkv, proj, fc1 and fc2 need four contractions forward and four backward, regardless of the number of layers."""
+    """qkv, proj, fc1 and fc2 need four calls of tt_contract forward and four backward, for any number of layers."""
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -261,7 +268,7 @@ def test_one_launch_for_each_kind_of_site(make_stack: Callable[..., Any]) -> Non
 
 
 def test_masks(make_bank: Callable[..., Any]) -> None:
-    """A fraction p is dropped, independently for every layer, scope and factor, with new draws in every pass."""
+    """A fraction p of the entries is dropped, independently for every layer, scope, factor and pass."""
     bank, sites = make_bank("mlp", n_layers=2, rank=(40, 50), dropout=0.3)
     for site in sites:
         bank.bind(site)
@@ -318,7 +325,10 @@ def test_dropout_on_every_site(
 
 
 def test_layers_of_one_scope_share_a_draw(make_bank: Callable[..., Any]) -> None:
-    """Sites with the same layer and mask_scope share one mask of U, and other sites have others. A pass draws masks."""
+    """Sites with the same layer and mask_scope share one mask of U. Other sites have other masks.
+
+    Each pass draws new masks.
+    """
     bank, sites = make_bank("attention", dropout=0.5)
     for site in sites:
         bank.bind(site)
@@ -425,7 +435,7 @@ def test_wrong_arguments(changed: dict[str, Any], message: str) -> None:
         (Site(2), r"Site\(layer=2, .* does not fit a bank of 2 layers with 3 cores each"),
         (Site(-1), r"does not fit a bank of 2 layers"),
         (Site(0, (0, 3)), r"cores=\(0, 3\), .* does not fit a bank of 2 layers with 3 cores each"),
-        (Site(0, ()), "does not fit a tensor train with 8 output columns"),
+        (Site(0, ()), "has no cores: expected one per column block"),
         (Site(0, columns=(4, 9)), r"columns=\(4, 9\), .* does not fit a tensor train with 8 output columns"),
         (Site(0, columns=(4, 4)), "does not fit a tensor train with 8 output columns"),
         (Site(0, columns=(-1, 4)), "does not fit a tensor train with 8 output columns"),

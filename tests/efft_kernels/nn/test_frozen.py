@@ -1,4 +1,8 @@
-"""Test adapted layers with a packed weight, whose class computes the product and has its own state dict."""
+"""Test adapted layers whose frozen weight is packed, which means that several values share one byte.
+
+The class of such a layer computes the product itself and has its own state dict. One test uses a quantized weight in a
+layer with a custom forward method.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,11 @@ class Nibbles(nn.Parameter):
     """Store two 4-bit values per byte in a flat tensor, like bitsandbytes."""
 
     def _quantize(self) -> None:
-        raise NotImplementedError("the mark of a packed parameter")
+        raise NotImplementedError("the library only checks that this method exists")
 
 
 class NibbleLinear(nn.Linear):
-    """Compute with a packed weight, and hold the state that belongs to the weight."""
+    """Compute with a packed weight, and save the weight's scale in the state dict."""
 
     scale: float
 
@@ -72,7 +76,9 @@ def test_product_and_gradients(layer: Any) -> None:
 def test_it_is_of_both_classes(layer: EfftLinear) -> None:
     assert isinstance(layer, NibbleLinear)
     assert isinstance(layer, FrozenLayer)
-    assert type(layer) is type(EfftLinear.from_linear(NibbleLinear.of(nn.Linear(4, 4)), rank=2)), "made once"
+    assert type(layer) is type(EfftLinear.from_linear(NibbleLinear.of(nn.Linear(4, 4)), rank=2)), (
+        "the class is created once"
+    )
     assert type(EfftLinear.from_linear(nn.Linear(4, 4), rank=2)) is EfftLinear
     assert "weight.scale" in layer.state_dict()
 

@@ -1,4 +1,7 @@
-"""Compare initial values with torch's Xavier initialization of a parameter in the layout of the paper's code."""
+"""Compare initial cores with torch's Xavier initialization of a parameter in the layout of the paper's code.
+
+Other tests check that U or V starts at zero and that wrong names are rejected.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Standardized(nn.Conv2d):
 
 
 class Reads(nn.Module):
-    """Multiply by the module's own parameters, in three ways."""
+    """Multiply by the module's own parameters in several ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,10 @@ CASES = {
 
 
 class Adapted:
-    """Hold a module with updates and the plain module, and compute with the dense sums of weights and updates."""
+    """Hold an adapted module (``model``) and a plain copy of it.
+
+    ``reference`` calls the plain copy with the dense sums of weights and updates.
+    """
 
     def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
         torch.manual_seed(0)
@@ -283,7 +286,7 @@ def test_what_is_loaded_and_cast_is_the_stored_weight(adapted: Adapted) -> None:
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
 def test_low_precision(adapted: Adapted, autocast: bool) -> None:
-    """The output is accurate to bfloat16's precision and has the right dtype; another test checks the update."""
+    """The output has the plain module's dtype and an error below 5 %, which is less than the size of the update."""
     x = adapted.input()
     expected, plain = adapted.reference(x), adapted.plain(x)
     model = adapted.model.float() if autocast else adapted.model.bfloat16()
@@ -313,7 +316,7 @@ def test_a_small_update_survives_low_precision(
 ) -> None:
     """An update of a thousandth of the weight would be lost if it were added to the weight in bfloat16.
 
-    All entries of the weight are equal, and the input cancels them, so that the output consists of the update only.
+    All entries of the weight are equal, and the entries of the input cancel, so the output consists of the update only.
     """
     adapted = Adapted(Case(make, (name,), shape))
     x = torch.randn(shape, dtype=torch.float64).bfloat16().double()

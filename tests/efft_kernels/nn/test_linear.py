@@ -1,4 +1,7 @@
-"""Test that EfftLinear equals a frozen nn.Linear plus the dense update in every layout, and can replace nn.Linear."""
+"""Test that EfftLinear equals a frozen nn.Linear plus the dense update in every layout, and can replace nn.Linear.
+
+A bank is the module that holds factors. It can belong to one layer or be shared by many layers.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ def test_every_layout(
 
 @pytest.mark.parametrize("init", ["u", "v"])
 def test_step_zero_changes_nothing(init: str) -> None:
-    """Output and dx exactly equal those of the base. Only the zero factor has a gradient, which is not zero."""
+    """Output and dx exactly equal those of the base layer. Only the factor that is zero gets a nonzero gradient."""
     linear = nn.Linear(6, 9)
     layer = EfftLinear.from_linear(linear, rank=3, n_cores=3, init=init)
     x = torch.randn(4, 6, requires_grad=True)
@@ -85,7 +88,7 @@ def test_a_plain_linear_layer_to_everyone_else() -> None:
     assert not layer.weight.requires_grad
     assert not layer.bias.requires_grad
     assert not layer.training
-    assert list(layer.state_dict()) == ["weight", "bias"], "a shared bank is not the layer's"
+    assert list(layer.state_dict()) == ["weight", "bias"], "a shared bank is not part of the layer"
     assert list(layer.parameters()) == [linear.weight, linear.bias]
     assert list(layer.modules()) == [layer]
     layer.load_state_dict(nn.Linear(6, 4).state_dict())
@@ -239,7 +242,7 @@ def test_other_dtypes() -> None:
     torch.testing.assert_close(half(x.bfloat16()).float(), layer(x), rtol=0.05, atol=0.05)
     bank = TTFactors(6, 4, 2)
     shared = EfftLinear(nn.Linear(6, 4), bank, Site()).to(torch.bfloat16)
-    assert bank.U.dtype == torch.float32, "a shared bank is not the layer's to cast"
+    assert bank.U.dtype == torch.float32, "casting a layer does not cast a shared bank"
     assert shared(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -268,8 +271,8 @@ COMPILERS = [
         "inductor",
         marks=[
             pytest.mark.slow,
-            pytest.mark.skipif(not HAS_CPP_COMPILER, reason="inductor needs a C++ compiler, which this machine lacks"),
-            pytest.mark.skipif(sys.platform == "win32", reason="inductor needs MSVC set up"),
+            pytest.mark.skipif(not HAS_CPP_COMPILER, reason="inductor needs a C++ compiler in PATH"),
+            pytest.mark.skipif(sys.platform == "win32", reason="on Windows, inductor needs MSVC"),
         ],
     ),
 ]
@@ -277,7 +280,7 @@ COMPILERS = [
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiles_without_graph_breaks(make_stack: Callable[..., Any], compiler: str) -> None:
-    """The test compiles a complete adapted model with preparation and factor dropout, forward and backward."""
+    """Compile the preparation of a bank and all its layers in one graph, without and with dropout of the factors."""
     stack = make_stack("mlp", n_layers=2, dropout=0.0, dtype=torch.float32)
 
     class Model(nn.Module):

@@ -1,4 +1,8 @@
-"""Test EfftLinear.merge and unmerge: exact restoration, the same function, and the rounding error."""
+"""Test EfftLinear.merge and unmerge.
+
+Unmerging must restore the exact weight. A merged layer must compute the same function as before, and ``merge`` must
+report the rounding error.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from efft_kernels.testing import assert_close_budget
 
 
 def make(dtype: torch.dtype, ratio: float = 0.1, sizes: tuple[int, int] = (48, 64), **kwargs: Any) -> EfftLinear:
-    """Return a layer whose update is ``ratio`` times the size of its weight."""
+    """Return a layer whose update has ``ratio`` times the norm of its weight."""
     layer = EfftLinear.from_linear(nn.Linear(*sizes, dtype=dtype), rank=4, **kwargs)
     for factor in (layer.factors.U, layer.factors.C, layer.factors.V):
         nn.init.normal_(factor)
@@ -39,7 +43,7 @@ def test_unmerging_restores_every_bit(dtype: torch.dtype) -> None:
     layer.unmerge()
     assert not layer.merged
     assert torch.equal(layer.weight, before)
-    assert layer.weight.data_ptr() == memory, "the parameter and its memory stay, as optimizers and ties refer to them"
+    assert layer.weight.data_ptr() == memory, "optimizers and tied layers need the same parameter and memory"
     assert torch.equal(layer(x), y)
     layer.unmerge()
     assert torch.equal(layer.weight, before)

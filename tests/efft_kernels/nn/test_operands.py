@@ -1,4 +1,8 @@
-"""Compare chains of cores and operands of several blocks with loops over their elements and with dense products."""
+"""Test the functions that build the two operands, D and G, of an update.
+
+``tt_chain`` multiplies the cores of a tensor train; the tests compare it with a product per element. ``column_blocks``
+and ``row_blocks`` place the products of several cores next to or below each other. ``take`` selects slices.
+"""
 
 from __future__ import annotations
 

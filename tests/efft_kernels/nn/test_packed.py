@@ -1,6 +1,8 @@
 """Test that packed factors do not change any result, and test when factors are packed.
 
-Packed factors are copies of D and G in the dtype and the layout that the kernels read (efft_kernels/_packed.py).
+The update of a layer is D G, the product of two thin factors. Packed factors are copies of D and G in the dtype and the
+layout that the kernels read (efft_kernels/_packed.py). Factors are packed only if ``EFFT_SM90_GENERATION=2`` selects
+the second generation of the CUDA kernels. The default is the first generation.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ N_LAYERS, D_IN, D_OUT = 3, 24, 40
 
 
 class Model(nn.Module):
-    """Stack layers of two kinds: fused layers with two cores, and transposed layers. Each kind has its own bank."""
+    """Stack layers of two kinds: fused layers with two cores, and transposed layers.
+
+    Each kind has its own bank, a module that holds the factors of these layers.
+    """
 
     def __init__(self, rank: int, **settings: Any) -> None:
         super().__init__()
@@ -82,7 +87,7 @@ def test_outputs_and_gradients_are_exactly_equal(
     packing: Callable[[], int], monkeypatch: pytest.MonkeyPatch, rank: int, settings: dict[str, Any], again: bool
 ) -> None:
     packed = step(Model(rank, **settings), again)
-    assert packing() == 6  # D, G and its transpose for two kinds of layers
+    assert packing() == 6  # D, G and the transpose of G, for two kinds of layers
     monkeypatch.setenv("EFFT_SM90_GENERATION", "1")
     plain = step(Model(rank, **settings), again)
     assert packing() == 6

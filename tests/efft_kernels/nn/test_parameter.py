@@ -1,4 +1,8 @@
-"""Test parameters with an update: code that reads a parameter gets the update, and other code works unchanged."""
+"""Test adapted parameters.
+
+Code that reads the parameter as an attribute gets the sum of parameter and update. Code for state dicts, pruning,
+tracing and similar tasks works with the stored parameter.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,7 @@ def test_metadata_costs_nothing_and_tells_nobody() -> None:
     with Operators() as seen:
         assert (W.shape, W.dtype, W.device, W.ndim, W.size(0)) == ((5, 7), torch.float64, torch.device("cpu"), 2, 5)
         assert not W.requires_grad, (
-            "it is frozen like the parameter: code that moves weights makes a new parameter like it"
+            "the tensor must be frozen like the parameter, because code that moves weights copies this flag"
         )
         assert W.is_floating_point()
         assert W.stride() == (7, 1)
@@ -80,7 +84,7 @@ def test_metadata_costs_nothing_and_tells_nobody() -> None:
 
 
 def test_putting_a_weight_away_takes_none_of_its_values() -> None:
-    """accelerate's offloading moves a weight away in the middle of a pass."""
+    """accelerate's offloading moves a weight to the meta device. This must not compute the weight with its update."""
     module, parameter, _ = adapted()
     for away in (module.W.to("meta"), module.W.to(device=torch.device("meta"))):
         assert away.is_meta

@@ -1,4 +1,8 @@
-"""Test layer norms and GELUs whose work an adapted layer takes over, and their behavior with other consumers."""
+"""Test producers: layer norms and GELUs whose output an adapted layer computes itself.
+
+``fuse_producer`` changes such a module. The module then returns a ``ProducerOutput``, an object that holds the module's
+input. The adapted layer computes the module's output from this input. All other consumers get the usual output.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +71,7 @@ def test_an_adapted_layer_does_both(module: nn.Module, layer: EfftLinear) -> Non
     assert type(module).__name__ in repr(a)
     y, kept = keep(lambda: layer(module(x)))
     assert kept.count((2, 7, 24)) == 2, (
-        "the module's node and the layer's node keep its input, and none keeps its output"
+        "the autograd nodes of module and layer save the input of the module, and not its output"
     )
     assert (14, 24) not in kept
     leaves = [x, *layer.factors.parameters()]
@@ -132,7 +136,7 @@ class Square(torch.autograd.Function):
 
 @pytest.mark.parametrize("way", ["function", "checkpoint", "reentrant checkpoint"])
 def test_a_function_that_autograd_knows_nothing_of(module: nn.Module, way: str) -> None:
-    """The function bypasses torch's Python functions; its gradient must still reach the input."""
+    """The user of the producer's output bypasses torch's Python functions. The gradient must still reach the input."""
 
     def use(a: Tensor) -> Tensor:
         if way == "function":
@@ -257,7 +261,7 @@ def test_undone_copied_and_pickled(module: nn.Module) -> None:
         a = twin(x)
         assert isinstance(a, ProducerOutput)
         assert a.module is twin
-    assert not fuse_producer(module), "already"
+    assert not fuse_producer(module), "the module is fused already"
     unfuse_producer(module)
     assert type(module(x)) is Tensor
     assert "forward" not in module.__dict__

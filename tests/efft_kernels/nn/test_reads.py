@@ -96,6 +96,6 @@ def test_attention_of_timm(path: str, name: str, settings: dict[str, Any]) -> No
 
 def test_t5_of_transformers() -> None:
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
-    # T5 only inspects the tensor type and dtype of its last weight, and calls the layer.
+    # T5DenseActDense inspects only the type and the dtype of ``wo.weight``, and then calls the layer ``wo``.
     assert reads(t5.T5DenseActDense(t5.T5Config(d_model=8, d_ff=16))) == set()
     assert reads(t5.T5Attention(t5.T5Config(d_model=8, num_heads=2, d_kv=4))) == set()

@@ -1,4 +1,7 @@
-"""Compare adapted layers on quantized weights with the dequantized weight in fp64."""
+"""Compare adapted layers on quantized weights with the dequantized weight in fp64.
+
+Other tests cover the tensors saved for the backward pass, products in fp8, merging and compilation.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,7 @@ def test_nothing_dense_is_kept_for_backward(way: str) -> None:
 
 @pytest.mark.parametrize("way", ROUNDING_WAYS)
 def test_products_that_round_their_input(way: str) -> None:
-    """The output is that of rounded activations; the gradients treat the rounding as the identity."""
+    """The product rounds its input to int8 or fp8. The gradients treat this rounding as the identity."""
     layer = make(ROUNDING_WAYS[way], torch.bfloat16)
     x = torch.randn(2, 5, D_IN, dtype=torch.bfloat16, requires_grad=True)
     gy = torch.randn(2, 5, D_OUT, dtype=torch.bfloat16)
@@ -99,16 +102,16 @@ def test_products_that_round_their_input(way: str) -> None:
     got = layer(x)
     got.backward(gy)
     error = ((got - y).norm() / y.norm()).item()
-    assert 3e-3 < error < 5e-2, "int8 and e4m3 round by about 1 and 3 %, bf16 by less"
+    assert 3e-3 < error < 5e-2, "the error is about 1 % with int8 and 3 % with e4m3; bf16 alone would cause less"
     for ours, expected in zip((x.grad, *(p.grad for p in layer.factors.parameters())), gradients, strict=True):
         close(ours, expected, 1e-2)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_float8_product_is_that_of_the_hardware(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch._scaled_mm`` computes the frozen product in fp8, and the update is computed in bf16."""
+    """``torch._scaled_mm`` multiplies the input and the frozen weight in fp8, and returns bf16."""
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("the GPU has no fp8 products, which need compute capability 8.9 or newer")
+        pytest.skip("fp8 products need a GPU of compute capability 8.9 or newer")
     products: list[list[torch.dtype]] = []
     scaled_mm = torch._scaled_mm
 

@@ -1,4 +1,7 @@
-"""Provide fixtures that run a test of an op for every requested backend, device and dtype."""
+"""Provide fixtures that run a test of an op for every backend, device and dtype, and record torch's operations.
+
+Combinations that a backend does not support are deselected.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 IDS = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
-#: The library that runs the CUDA kernels on the CPU. ``make check-cuda`` builds it and runs these tests with it.
+#: Path of the library that runs the CUDA kernels on the CPU, or None. ``make check-cuda`` builds this library and runs
+#: these tests with it.
 EMULATED = os.environ.get("EFFT_EMULATED_CUDA")
 #: The only backend of a session in which GPU kernels run on the CPU: triton in its interpreter (``make check-triton``),
 #: or cuda in the emulator (``make check-cuda``). In other sessions, None.
@@ -39,7 +43,7 @@ WITHOUT = {Backend.CPU: {torch.float16, torch.float64}, Backend.CUDA: {torch.flo
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests that a backend cannot run.
+    """Deselect tests that a backend cannot run, and skip the tests of a backend whose library is missing.
 
     The backend cpu needs the CPU. The backends triton and cuda need a GPU, except in sessions that ``ONLY`` describes.
     """
@@ -88,7 +92,7 @@ def kernels(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(scope="session")
 def exact(backend: Backend) -> torch.dtype:
-    """Return the widest precision of a backend, which tests formulas rather than rounding."""
+    """Return the most precise dtype of a backend, for tests of formulas rather than of rounding."""
     return torch.float32 if backend in OWN else torch.float64
 
 
@@ -135,10 +139,10 @@ def low(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(scope="session")
 def product(device: str, low: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a matrix product to compare the errors of the library's kernels with.
+    """Return a matrix product. The tests compare the errors of the library's kernels with the errors of this product.
 
-    In general this is the vendor's product. For fp32 on a GPU, the function sums in one chain like the library's
-    kernels, because the vendor's product sums in several chains.
+    In general this is the vendor's product. For fp32 on a GPU, the vendor's product adds in several chains and is
+    therefore more accurate. There the function adds in one chain, like the library's kernels.
     """
     return chained_matmul if device == "cuda" and low == torch.float32 else torch.matmul
 

@@ -1,4 +1,7 @@
-"""Compare tt_gelu_linear and tt_norm_linear with formulas in fp64 (dense update, gradients written by hand)."""
+"""Compare tt_gelu_linear and tt_norm_linear with formulas in fp64 (dense update, gradients written by hand).
+
+A *producer* is the GELU or the norm before the linear layer. The last tests also cover in-place changes with tt_linear.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def inputs_of(op: Callable[..., Tensor], **options: Any) -> Inputs:
 
 
 def output(op: Callable[..., Tensor], inputs: Inputs, approximate: str = "none", eps: float = 0.0) -> Tensor:
-    """Return the output of the producer (the GELU or norm before the layer), computed by torch."""
+    """Return the output of the producer, computed by torch."""
     if op is tt_gelu_linear:
         return F.gelu(inputs["z"], approximate=approximate)
     return F.layer_norm(inputs["x"], inputs["x"].shape[-1:], inputs["gamma"], inputs["beta"], eps)
@@ -184,10 +187,11 @@ def test_any_shape_layout_and_gradient(
 
 
 def summed_around_norm(inputs: dict[str, Tensor], gy: Tensor, eps: float) -> dict[str, float]:
-    """Return the sizes of the summands of gradients that can cancel.
+    """Return the sizes of the summands of the gradients of x and G. The sums can be small because summands cancel.
 
-    The backward pass of a norm removes the mean and the component along the norm's output from the received gradient. A
-    row of the output sums to zero, so h vanishes if all rows of D are equal.
+    The backward pass of a norm subtracts from the received gradient its mean and its component along the norm's output.
+    Without gamma and beta, each row of the norm's output sums to zero, so its product with D is zero if all rows of D
+    are equal.
     """
     wide = {key: None if t is None else t.double() for key, t in inputs.items()}
     x, W, D, G, gamma = (wide[key] for key in ("x", "W", "D", "G", "gamma"))
@@ -214,7 +218,7 @@ def test_gradcheck(fp64: Backend, case: Any) -> None:
 def test_a_second_derivative(
     backend: Backend, exact: torch.dtype, assert_exact: Callable[..., None], case: Any, need: tuple[str, ...]
 ) -> None:
-    """The test differentiates one gradient with respect to all its inputs, with no argument or one argument frozen."""
+    """Differentiate one gradient with respect to all trained arguments, with no argument or one argument frozen."""
     op, name, options = case
     (of,) = (name if n == "producer" else n for n in need)
     inputs = inputs_of(op, tokens=6, d_in=8, d_out=5, r1=3, dtype=exact)
@@ -296,7 +300,7 @@ def test_what_is_kept_for_backward(kernels: Backend, case: Any) -> None:
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(backend: Backend, device: str, autocast: torch.dtype, case: Any) -> None:
-    """The producer's input keeps its dtype, the product has the autocast dtype, and gradients have their own dtypes."""
+    """The producer's input keeps its dtype, y has the autocast dtype, and gradients have their arguments' dtypes."""
     op, name, options = case
     need = (name, "D", "G")
     inputs = inputs_of(op, tokens=33, device=device)

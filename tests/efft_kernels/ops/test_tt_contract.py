@@ -98,7 +98,7 @@ def test_the_reference_computes_in_fp32_and_rounds_once(half: torch.dtype) -> No
 
 
 def test_gradient_of_a_trained_scale(backend: Backend, device: str, low: torch.dtype) -> None:
-    """The loss is |G|²/2, because its sums do not cancel. One draw could be exact by chance, and there are 16 draws."""
+    """The loss is |G|²/2, because its sums do not cancel. The test uses 16 draws, as one could be exact by chance."""
     results: list[list[Tensor]] = [[], [], []]
     for seed in range(16):
         inputs = make_inputs("tt_contract", r1=17, r2=33, masks=True, dtype=low, device=device, seed=seed)
@@ -261,7 +261,7 @@ def test_a_second_derivative(backend: Backend, exact: torch.dtype, assert_exact:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_changes_nothing(backend: Backend, device: str, half: torch.dtype) -> None:
-    """The factors are contracted in their own precision; only the layers' activations have a low precision."""
+    """The factors are multiplied in their own precision. Autocast lowers only the precision of activations."""
 
     def autocast(**inputs: Any) -> Tensor:
         with torch.autocast(device, half):

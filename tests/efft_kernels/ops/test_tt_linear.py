@@ -35,7 +35,7 @@ def dense(inputs: dict[str, Any], gy: Tensor) -> dict[str, Tensor]:
 
 
 def unfused(x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
-    """Compute the plain formula in the precision of x. The tests compare the errors of the op with its errors."""
+    """Compute the plain formula in the precision of x. Its errors are the yardstick for the errors of the op."""
     return F.linear(x, W, b) + (x @ D.to(x.dtype)) @ G.to(x.dtype)
 
 
@@ -91,7 +91,7 @@ def test_update_under_a_weight_1000_times_its_size(
     product: Callable[[Tensor, Tensor], Tensor],
     op: Callable[..., Tensor],
 ) -> None:
-    """The base product is zero, so that y and dx consist of the update. A merged half-precision weight must fail."""
+    """The base product is zero, so y and dx consist of the update only. A merged half-precision weight must fail."""
     factors = {"update": 1e-3, "factor_dtype": torch.float32}
     inputs = make_inputs("tt_linear", d_out=48, base_cancels=True, dtype=low, device=device, **factors)
     half = torch.randn(29, 24).to(device, low)
@@ -162,7 +162,7 @@ def test_no_token_and_one_token_in_half_precision(backend: Backend, device: str,
 def test_factors_as_the_bank_makes_them(
     backend: Backend, device: str, exact: torch.dtype, assert_exact: Callable[..., None]
 ) -> None:
-    """D is Vᵀ or a column slice of V, and G is one layer of a stacked contraction."""
+    """D is a transposed column slice of V, and G is one layer of a stacked tensor, as tt_contract returns it."""
     inputs = make_inputs("tt_linear", dtype=exact, device=device)
     V = torch.randn(5, 60, dtype=exact, device=device)
     inputs["D"] = V[:, 24:48].t()
@@ -203,7 +203,7 @@ def test_a_trained_bias_beside_frozen_arguments(
 def test_a_bias_in_fp32_gets_its_gradient_in_fp32(backend: Backend, device: str, half: torch.dtype, how: str) -> None:
     """The weight has half precision, but a sum over 1000 tokens in half precision would not be accurate."""
     if backend is Backend.CPU and half == torch.float16:
-        pytest.skip("the cpu backend has no float16")
+        pytest.skip("the cpu backend does not support float16")
     inputs = make_inputs("tt_linear", tokens=1000, dtype=half, factor_dtype=torch.float32, device=device)
     inputs["b"] = make_inputs("tt_linear", device=device)["b"]
     gy = torch.ones_like(upstream(inputs))
@@ -230,7 +230,7 @@ def test_gradcheck(fp64: Backend, scheme: str) -> None:
 def test_only_what_is_asked_for_is_computed_and_saved(
     backend: Backend, device: str, exact: torch.dtype, own: bool, record: Callable[[], Any], need: tuple[str, ...]
 ) -> None:
-    """The tensors have different sizes: h and dh [11, 5], x and dx [11, 24], W [40, 24], D [24, 5], G [5, 40]."""
+    """The shapes identify the tensors: h and dh [11, 5], x and dx [11, 24], W [40, 24], D [24, 5], G [5, 40]."""
     inputs = make_inputs("tt_linear", tokens=11, dtype=exact, device=device)
     leaves = {k: inputs[k].requires_grad_(k in need) for k in LEAVES}
     saved: list[Tensor] = []
@@ -246,7 +246,7 @@ def test_only_what_is_asked_for_is_computed_and_saved(
     assert ("x" in kept) == ("D" in need)
     assert ("W" in kept) == ("x" in need)
     new = [tuple(sorted(t.shape)) for t in saved if t.data_ptr() not in given]
-    assert new == [(5, 11)] * ("G" in need), "h, for dG, and nothing else"
+    assert new == [(5, 11)] * ("G" in need), "of the new tensors, only h is saved, and only for dG"
 
     with record() as seen:
         y.backward(torch.ones_like(y))
@@ -298,7 +298,11 @@ def test_gradients_of_gradients(fp64: Backend, frozen: tuple[str, ...]) -> None:
 
 
 def repeated(layer: Callable[..., Tensor], inputs: dict[str, Any], names: list[str], times: int) -> tuple[Tensor, ...]:
-    """Return the gradients of |gradients|² of two layers in sequence that share their factors."""
+    """Return higher derivatives of two layers in sequence that share their factors.
+
+    The function replaces the loss ``times`` times by the sum of the squares of its gradients, and returns the gradients
+    of the last loss.
+    """
     leaves = [inputs[k].requires_grad_() for k in names]
     value = layer(**inputs | {"x": layer(**inputs).tanh()}).sin().sum()
     for _ in range(times):

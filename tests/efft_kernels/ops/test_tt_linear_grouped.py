@@ -1,4 +1,7 @@
-"""Compare tt_linear_grouped with one dense matrix per sample in fp64."""
+"""Compare tt_linear_grouped with one dense matrix per sample in fp64.
+
+The argument ``adapter`` holds the index of each sample's adapter (its factors D and G). A negative index selects none.
+"""
 
 from __future__ import annotations
 
@@ -284,7 +287,7 @@ def test_a_wide_bias_under_autocast(backend: Backend, device: str, own: bool) ->
 def test_the_cpu_computes_each_adapter_as_alone(kernels: Backend, device: str) -> None:
     """The results for an adapter whose samples are consecutive are exactly those of tt_linear."""
     if kernels is not Backend.CPU:
-        pytest.skip("only the backend cpu promises this")
+        pytest.skip("only the cpu backend guarantees exact equality with tt_linear")
     for dtype in (torch.float32, torch.bfloat16):
         options: dict[str, Any] = {"tokens": 37, "d_in": 100, "d_out": 130, "r1": 9, "samples": 7, "n_adapters": 4}
         inputs = make_inputs("tt_linear_grouped", **options, dtype=dtype, factor_dtype=torch.float32)
@@ -363,7 +366,7 @@ def test_an_adapter_that_does_not_exist(kernels: Backend, device: str) -> None:
 
 
 def test_gradients_with_an_adapter_that_does_not_exist(kernels: Backend, device: str) -> None:
-    """A wrong index results in NaN for its own sample, or in an error. It adds to no adapter's gradient."""
+    """A wrong index results in NaN for its own sample, or in an error. It must not change any adapter's gradient."""
     inputs = make_inputs("tt_linear_grouped", device=device)
     inputs["adapter"] = torch.tensor([0, 3, -1, 2, 10**12], device=device)
     gy, h = torch.ones(5, 29, 40, device=device), torch.ones(5, 29, 5, device=device)

@@ -1,6 +1,7 @@
 """Check addresses and races of kernels that run in Triton's interpreter (``TRITON_INTERPRET=1``).
 
-The module patches private classes; ``test_checks.py`` shows whether the patches fit the installed version of Triton.
+The module patches private classes of Triton. ``kernels/test_checks.py`` shows whether the patches fit the installed
+version.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class AddressError(RuntimeError):
 
 @contextmanager
 def checked() -> Iterator[list[str]]:
-    """Check every kernel launched inside the ``with`` block, and yield the list of kernel names, which grows.
+    """Check every kernel launched inside the ``with`` block. Yield a list, to which each launch appends a kernel name.
 
     A program may read and write elements of the launch's own tensor arguments, but not the gaps between the rows of a
     strided tensor. No two programs may write to one address. The checker does not detect reads of uninitialized memory;

@@ -12,7 +12,7 @@ one of the following:
 - spilled registers (in forms without tensor cores, more than ``PARKED`` accesses to local memory)
 - more shared memory than the target has
 - a half-precision or TF32 product without tensor-core instructions
-- a main loop that does not load 16 bytes at a time or, in a form with TMA, a kernel without bulk tensor copies
+- a form with tensor cores that never loads 16 bytes at a time or, with TMA, has no bulk tensor copy
 
 The report does not check speed or results.
 """
@@ -80,7 +80,7 @@ class Form:
         estimate: shared memory in bytes that the choice of a tile assumes, or None if there is no choice.
         tensor_cores: whether its products must use tensor cores.
         capability: lowest compute capability on which the form is chosen.
-        wide_loads: whether its main loop must load 16 bytes at a time (with TMA no load instruction does).
+        wide_loads: whether load instructions of 16 bytes are required. If False, the form must use TMA instead.
     """
 
     name: str
@@ -263,10 +263,12 @@ def inspect(form: Form, target: str) -> Report:
     """Compile ``form`` for ``target`` and return its report."""
     report = Report(form.name, target)
     if form.estimate is not None and form.estimate > SHARED_MEMORY[target]:
-        report.skipped = f"never chosen: needs {form.estimate} bytes of shared memory, has {SHARED_MEMORY[target]}"
+        report.skipped = (
+            f"never chosen: needs {form.estimate} bytes of shared memory, but the target has {SHARED_MEMORY[target]}"
+        )
         return report
     if form.capability > _capability(target):
-        report.skipped = f"never chosen: for compute capability {form.capability}.0 and newer"
+        report.skipped = f"never chosen: needs compute capability {form.capability}.0 or newer"
         return report
     try:
         compiled = _compile(form, target)

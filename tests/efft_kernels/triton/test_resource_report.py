@@ -9,7 +9,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="needs the triton extra")
 
 if triton.knobs.runtime.interpret:
-    pytest.skip("the interpreter cannot compile", allow_module_level=True)
+    pytest.skip("with TRITON_INTERPRET=1, Triton cannot compile kernels", allow_module_level=True)
 
 from tests.efft_kernels.triton.resource_report import SHARED_MEMORY, Form, forms, inspect, inspect_all, main, table  # noqa: E402
 

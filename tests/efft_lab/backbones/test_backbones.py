@@ -1,4 +1,7 @@
-"""Test backbones by name and from files, and the conversion of the embedded backbone on a miniature ONNX graph."""
+"""Test backbones by name and from files, and the conversion of the embedded backbone on a miniature ONNX graph.
+
+The embedded backbone is the default. Its weights are an ONNX file inside a Python package.
+"""
 
 from __future__ import annotations
 
@@ -182,7 +185,7 @@ def test_missing_file() -> None:
 
 @pytest.fixture
 def miniature(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """Return a tiny replacement for the embedded backbone, in the form of timm."""
+    """Return a tiny replacement for the embedded backbone, built with timm."""
     monkeypatch.setattr(dinov2, "_DEPTH", DEPTH)
     monkeypatch.setattr(dinov2, "_WIDTH", WIDTH)
     monkeypatch.setattr(dinov2, "_GRID", GRID)
@@ -196,7 +199,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 
 def onnx_graph(model: nn.Module) -> Any:
-    """Return weights like an ONNX export of Hugging Face's Dinov2Model, in which linear weights have no names."""
+    """Return an ONNX graph like an export of Hugging Face's Dinov2Model, which loses the names of linear weights."""
     onnx = pytest.importorskip("onnx", reason="needs the train extra")
     state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     constants: dict[str, Any] = {

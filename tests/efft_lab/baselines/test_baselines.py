@@ -1,4 +1,4 @@
-"""Test every baseline method: parameter count by formula, initial output, trained parameters, gradients."""
+"""Test every baseline method: parameter count, initial output, trained parameters, gradients, formulas, and errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def test_parameter_count(name: str, settings: dict[str, Any], count: int, tiny_v
     ],
 )
 def test_defaults_have_the_published_size_on_vit_b(name: str, published: float) -> None:
-    """Sizes are in millions, without head; VPT-deep uses 10 tokens (published: 0.53 to 0.64 for 1 to 100 tokens)."""
+    """The sizes are in millions of parameters, without the head.
+
+    VPT-deep uses only 10 tokens here. Its published sizes, 0.53 to 0.64, are for 1 to 100 tokens.
+    """
     import timm
 
     with torch.device("meta"):

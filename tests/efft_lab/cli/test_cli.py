@@ -1,4 +1,8 @@
-"""Test the command ``efft``, from training to merging, on scikit-learn's digits and a small random ViT."""
+"""Test the command ``efft`` on scikit-learn's digits and a small random ViT.
+
+The tests cover training, evaluation, merging, export and inspection, killed and distributed runs, the commands in the
+documentation, error messages, and the packages that light commands import.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +47,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a finished run."""
+    """Return the folder of a finished run of the method efft on digits. The tests of this module share the run."""
     out = tmp_path_factory.mktemp("runs") / "digits"
     assert main(["train", *SMALL, "--out", str(out)]) == 0
     return out
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Run a command that must end with exit code 2 and one error message, and return the message."""
+    """Run a command that must end with exit code 2 and without a traceback, and return what it wrote to stderr."""
     capsys.readouterr()
     try:
         code: Any = main(words)
@@ -229,7 +233,7 @@ def test_killed_process_resumes_to_the_same_bits(
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    """Two processes share each batch. Without random masks, together they compute the same as one process."""
+    """Two processes share each batch. Without random masks, their losses equal those of one process up to rounding."""
     words = ["train", *SMALL, "--epochs", "1", "--dropout", "0", "--drop-path", "0", "--out"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "efft"]
     environment = {
@@ -265,7 +269,7 @@ DOCUMENTED = sorted(
 def test_documented_commands_are_understood(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands run up to the function that does the work."""
+    """Each command must parse and reach the function that does the work. The test replaces this function."""
 
     def reached(*_: Any, **__: Any) -> Any:
         raise RuntimeError("the work begins")
@@ -296,7 +300,7 @@ def test_documented_commands_are_found() -> None:
 
 
 def test_options_by_their_names_in_configuration_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test also uses one layer name instead of a list."""
+    """``--targets`` accepts a layer name or a group of layers, here mhsa."""
     seen: list[TrainConfig] = []
 
     def note(config: TrainConfig, *_: Any, **__: Any) -> Any:
@@ -388,7 +392,7 @@ def test_light_commands_load_no_heavy_package() -> None:
 def test_training_by_another_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "lora.json", tmp_path / "run"
     file.write_text('{"method": "lora", "adapter": {"rank": 2, "targets": ["attn.qkv"]}}')
-    words = SMALL[: SMALL.index("--rank")]  # --rank and --scale belong to the method efft
+    words = SMALL[: SMALL.index("--rank")]  # without --rank and --scale, which only the method efft has
     assert main(["train", "--config", str(file), *words, "--epochs", "1", "--out", str(out)]) == 0
     assert "Unrecognized options: --rnk" in fails(capsys, "train", "--config", str(file), "--rnk", "3")
     model, config = load_trained(out)

@@ -1,4 +1,4 @@
-"""Test that the help of every command is plain text, although its sources are docstrings with markup."""
+"""Test that the help texts are plain text, although they come from docstrings with markup."""
 
 from __future__ import annotations
 

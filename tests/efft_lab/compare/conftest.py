@@ -25,14 +25,14 @@ METHODS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use an empty cache folder, and replace package clients so that no test calls them by accident."""
+    """Use an empty cache folder, and disable pip's package index, so a test cannot download packages by accident."""
     monkeypatch.setenv("EFFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
 
 
 @pytest.fixture
 def tiny() -> dict[str, Any]:
-    """Return the fields of the suite, which has 2 search runs and 6 final ones."""
+    """Return the fields of the suite file. The suite has 2 search runs and 6 final runs."""
     return {
         "name": "tiny",
         "train": dict(TRAIN),

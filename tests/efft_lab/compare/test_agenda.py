@@ -1,4 +1,8 @@
-"""Test suites and plans: the meaning of a suite file, and errors for invalid content."""
+"""Test suites and agendas: the meaning of a suite file, and errors for invalid content.
+
+A suite file describes a comparison: its tasks, methods and seeds. The agenda of a suite lists its runs. Search runs
+choose the settings of a method on a task, and final runs measure the test accuracy with these settings.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +180,7 @@ def test_what_the_command_line_gives_goes_over_everything(tiny: dict[str, Any], 
         ({"methods": {"x": {"method": "nope"}}}, "method must be one of efft, .*, got 'nope'"),
         ({"methods": {"x": {"method": "full", "grid": {"lr": 1}}}}, "a grid maps a setting to a list of values"),
         ({"reference": "nope"}, "unknown method 'nope' in reference; known: EFFT2, probe, pixels"),
-        # the kind of every part
+        # values of the wrong type
         ({"name": "../x"}, r"name must begin with a letter or digit and have no slash, got '\.\./x'"),
         ({"about": 3}, "about must be a string, got 3"),
         ({"tasks": ["digits"]}, r"tasks must be an object, got \['digits'\]"),

@@ -1,4 +1,7 @@
-"""Test the complete command on tiny runs: kill and resume, several processes, determinism, failures, the report."""
+"""Test the command ``efft compare`` on tiny runs.
+
+The tests cover kill and resume, several processes, determinism, failed runs, the linear probe, and the report.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def alive(process: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the worker processes")
 def test_killed_at_once_it_goes_on_without_losing_or_repeating_a_run(
     tiny: dict[str, Any], write: Write, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Test that randomly changed suites and result files yield an agenda, or an error that names the problem."""
+"""Test that randomly changed suites and result files are either accepted or rejected with a documented error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test the pictures of a report with results whose means are known."""
+"""Test the heat map of a report with results whose means are known."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_holm_on_a_worked_example_and_by_its_definition() -> None:
     rng = np.random.default_rng(2)
     for p in rng.uniform(0, 0.2, (20, 6)).tolist():
         for level in (0.01, 0.05, 0.2):
-            # This is the procedure itself: reject from the smallest on, until one exceeds level / (number left).
+            # Holm's procedure: reject the p-values from the smallest on, until one exceeds level / (number left).
             ordered, rejected = sorted(p), 0
             while rejected < 6 and ordered[rejected] <= level / (6 - rejected):
                 rejected += 1

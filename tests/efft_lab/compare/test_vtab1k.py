@@ -1,4 +1,7 @@
-"""Test the VTAB-1K suite from end to end, with a tiny ViT and a few generated images in the layout of the 19 tasks."""
+"""Test the VTAB-1K suite from end to end, and the published results that its report quotes.
+
+The suite runs with a tiny ViT and a few generated images in the layout of the 19 tasks.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Return weights of the tiny model, in the same format as a user's weights of ViT-B/16."""
+    """Write random weights of a tiny ViT to a file and return its path. A user passes weights of ViT-B/16 instead."""
     import timm
 
     torch.manual_seed(0)
@@ -110,9 +113,9 @@ def test_published_table_has_the_published_averages() -> None:
 
 
 def test_published_rows_agree_with_the_means_that_their_sources_state() -> None:
-    """Test the means of the rounded accuracies.
+    """Compare the means of the rounded accuracies with the printed means.
 
-    The sources print means of unrounded accuracies, which may differ from these in the last digit.
+    The sources compute their means from unrounded accuracies, so the last digit may differ.
     """
     tasks = {name: info.group for name, info in INFOS.items()}
     checked = []
@@ -132,7 +135,7 @@ def test_published_rows_agree_with_the_means_that_their_sources_state() -> None:
 def test_published_overall_means_equal_those_in_the_main_tables_of_the_papers() -> None:
     """The overall means are in the main part of the papers (RLRR tables 4 and 5, HTA tables 3 and 4).
 
-    The accuracies of the tasks, from which the table here was copied, are in their appendices.
+    The published table of this repository was copied from the appendices, which list the accuracy of each task.
     """
     printed = {
         **{

@@ -13,7 +13,7 @@ Image = pytest.importorskip("PIL.Image", reason="reading images needs the vision
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Use an empty cache folder, and replace package clients so that no test calls them by accident."""
+    """Use an empty cache folder, and disable pip's package index, so a test cannot download packages by accident."""
     monkeypatch.setenv("EFFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     return tmp_path / "home"

@@ -14,7 +14,8 @@ import pytest
 import efft_lab.data
 from efft_lab.data.fetch import Archive, MissingToolError, cache_dir, extract_deb, fetch_archive, fetch_pypi
 
-# The search uses the path only: a search for pip would let setuptools restore the standard library's distutils.
+# PathFinder searches only sys.path. importlib.util.find_spec("pip") would also run an import hook of setuptools, which
+# then restores the standard library's distutils.
 needs_pip = pytest.mark.skipif(importlib.machinery.PathFinder.find_spec("pip") is None, reason="this Python has no pip")
 
 

@@ -1,3 +1,5 @@
+"""Test data sets from folders of images: how they are divided, and errors for unusable folders."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Test that randomly changed data files are read, or rejected with the reader's documented error; no code runs."""
+"""Test that randomly changed data files are read, or rejected with the reader's documented error.
+
+Reading a file must never run code from the file.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +121,7 @@ def test_pickled_arrays(data: st.DataObject, protocol: int) -> None:
 
 
 class Called:
-    """A pickle that calls a function when it is read."""
+    """An object whose pickle calls a function when it is read."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -177,7 +180,7 @@ PACKAGES: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
 @fuzz
 @given(data=st.data(), package=st.sampled_from(list(PACKAGES)))
 def test_packages(data: st.DataObject, package: str, tmp_path: Path) -> None:
-    """Hash checks exclude foreign packages here; even so, no code may run and the memory must be limited."""
+    """Outside of this test, a hash check rejects changed packages. Even without it, reading must need little memory."""
     make, read = PACKAGES[package]
     path = tmp_path / package
     if not path.exists():

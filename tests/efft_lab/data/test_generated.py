@@ -1,4 +1,8 @@
-"""Derive the labels from the pixels, and test that every other factor is unrelated to the labels."""
+"""Test the generated tasks: their labels follow from the pixels, and other properties of the images do not.
+
+The *factors* of an image are the random numbers from which it is drawn, such as the position and size of an object. One
+factor decides the label. The other factors must not be related to the label.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ def drawn() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def test_pixels_never_change(name, drawn) -> None:
     images, labels = drawn[name]
     digest = hashlib.sha256(images[:64].tobytes() + labels[:64].astype("<i8").tobytes()).hexdigest()
-    assert digest == HASHES[name], "the images changed: raise generated._FORMAT and say so in the change log"
+    assert digest == HASHES[name], "the images changed: increase generated._FORMAT and note it in the change log"
 
 
 @pytest.mark.parametrize("name", HASHES)
@@ -40,7 +44,7 @@ def test_classes_are_equally_frequent_and_seeds_differ(name, drawn) -> None:
 
 
 def test_count_is_the_number_of_separate_objects(drawn) -> None:
-    ndimage = pytest.importorskip("scipy.ndimage", reason="the oracle")
+    ndimage = pytest.importorskip("scipy.ndimage", reason="needs scipy to count the objects")
     images, labels = drawn["count"]
     # The background is above 0.3 in every channel, and every object is below 0.15 in one channel. Pixels that touch at
     # a corner belong together, because a thin tip may run diagonally.
@@ -65,10 +69,10 @@ def test_orientation_is_the_direction_of_the_heavier_side(drawn) -> None:
     for image in images.astype(float):
         weight = image / image.sum()
         x, y = across - (weight * across).sum(), down - (weight * down).sum()
-        # A heart is symmetric only about its axis v, so that this third-order vector lies on the axis.
+        # A heart is symmetric only about its axis v, so this third-order moment points along v.
         skew = weight * np.hypot(x, y)
         angles.append(np.arctan2((skew * y).sum(), (skew * x).sum()))
-    # v is a quarter turn from u, and the angle of u is the factor.
+    # The label comes from the angle of the axis u, and v is a quarter turn away from u.
     error = np.array(angles) - np.pi / 2 - 2 * np.pi * (labels + 0.5) / 16
     error = (error + np.pi) % (2 * np.pi) - np.pi
     half_bin = np.pi / 16

@@ -1,4 +1,7 @@
-"""Test packaged data sets: removal of planted copies, every reader on a small archive of the same layout, hashes."""
+"""Test data sets from packages: removal of planted copies, the readers on small archives, hashes, and the cache.
+
+Each small archive has the layout of the real package.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,7 @@ def test_cifar10_reader(tmp_path: Path) -> None:
     assert read_test.labels.tolist() == [7, 3]
 
 
-@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="makes a Debian package with dpkg-deb")
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
 def test_fashion_mnist_reader(tmp_path: Path) -> None:
     folder = tmp_path / "deb/usr/share/datasets/fashion-mnist"
     folder.mkdir(parents=True)
@@ -177,7 +180,7 @@ def test_unpickler_reads_arrays_of_old_and_new_numpy(module: str) -> None:
 
 
 def test_digits_are_the_expected_ones() -> None:
-    datasets = pytest.importorskip("sklearn.datasets", reason="ships the digits")
+    datasets = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn, which contains the digits")
     read, _ = readers.read_digits(Path())
     assert read.images.shape == (1797, 8, 8)
     assert np.array_equal(np.rint(read.images * (16 / 255)), datasets.load_digits().images)
@@ -185,7 +188,7 @@ def test_digits_are_the_expected_ones() -> None:
 
 
 def test_changed_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn.datasets", reason="ships the digits")
+    pytest.importorskip("sklearn.datasets", reason="needs scikit-learn, which contains the digits")
     monkeypatch.setattr(readers, "DIGITS_SHA256", "0" * 64)
     with pytest.raises(RuntimeError, match="digits are not the expected ones: sha256 a19c"):
         readers.read_digits(Path())

@@ -1,4 +1,4 @@
-"""Compare pictures of every kind with explicit pixels, or with pixels computed without Pillow's conversions."""
+"""Compare decoded pictures with explicit pixels, or with pixels computed without Pillow's conversions."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def palette(transparency: Any) -> Image.Image:
 @pytest.mark.parametrize("format", ["PNG", "GIF"])
 def test_palette(format: str, transparency: Any, expected: Any, tmp_path: Path) -> None:
     if format == "GIF" and isinstance(transparency, bytes):
-        pytest.skip("GIF knows no partial transparency")
+        pytest.skip("GIF does not support partial transparency")
     options = {} if transparency is None else {"transparency": transparency}
     palette(transparency).save(tmp_path / "a", format, **options)
     np.testing.assert_array_equal(decoded(tmp_path / "a"), expected)

@@ -1,3 +1,5 @@
+"""Test the registry of tasks: names, descriptions, the table of tasks, trivial baselines, and lazy imports."""
+
 from __future__ import annotations
 
 import os
@@ -74,7 +76,10 @@ def test_generated_task_is_drawn_once(drawn: Path, capfd: pytest.CaptureFixture[
 
 
 def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
-    """For white and black images, ink and pixels are perfect, and the majority is the share of the larger class."""
+    """One class has plain gray images, and the other has images with a white square.
+
+    The predictors ink and pixels are perfect, and majority reaches the share of the larger class.
+    """
     from PIL import Image
 
     for number in range(100):
@@ -90,7 +95,7 @@ def test_baselines_of_a_task_that_is_trivial(tmp_path: Path) -> None:
 
 
 def test_nearest_neighbours_against_scikit_learn(drawn: Path) -> None:
-    neighbors = pytest.importorskip("sklearn.neighbors", reason="the oracle is scikit-learn's")
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="needs scikit-learn to compare with")
     task = efft_lab.data.load("x-location", root=drawn, max_test=200)
 
     def pixels(data: efft_lab.data.ImageDataset) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Test rendered tasks: labels derived from the drawn factors and pixels, and the reaction to a different rendering."""
+"""Test rendered tasks: the labels fit the scenes and the pixels, drawing is reproducible, and archives are pinned.
+
+If the pixels differ from the recorded ones, for example with another version of the renderer, the task must report it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ ABOVE = [raytracing.Light((0.0, 0.0, 8.0), 60.0)]
 
 
 def needs(renderer: str) -> None:
-    pytest.importorskip(renderer, reason=f"draws the images; the render extra installs {renderer}")
+    pytest.importorskip(renderer, reason=f"needs {renderer}, which the render extra installs")
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +195,7 @@ def test_views_whose_middle_is_an_edge_are_refused() -> None:
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
     """Return the package of a font family that contains matplotlib's font."""
-    fonts = pytest.importorskip("matplotlib.font_manager", reason="ships a font")
+    fonts = pytest.importorskip("matplotlib.font_manager", reason="needs matplotlib, which contains a font")
     data = Path(fonts.findfont("DejaVu Sans")).read_bytes()
     with tarfile.open(tmp_path / "font.tgz", "w:gz") as tar:
         for name in ("toy-latin-400-normal.woff", "toy-latin-900-normal.woff", "toy-latin-ext-400-normal.woff"):

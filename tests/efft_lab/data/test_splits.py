@@ -1,3 +1,5 @@
+"""Test how images are divided into splits: sizes, class proportions, seeds, and copies of images."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""Test the data of one task: preprocessing, the four roles (train, val, trainval, test), and loading."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -41,7 +43,7 @@ def make_task(info: TaskInfo = INFO) -> TaskData:
 )
 @pytest.mark.parametrize("shape", [(11, 17, 3), (40, 30, 3), (11, 17)])
 def test_preprocessing_is_that_of_torchvision_to_the_bit(normalization, mean, std, shape) -> None:
-    transforms = pytest.importorskip("torchvision.transforms", reason="the oracle")
+    transforms = pytest.importorskip("torchvision.transforms", reason="needs torchvision to compare with")
     image = Image.fromarray(pixels(*shape)).convert("RGB")
     oracle = transforms.Compose(
         [

@@ -1,3 +1,5 @@
+"""Test tasks from torchvision's data sets, with small files in torchvision's format and without network."""
+
 from __future__ import annotations
 
 import inspect
@@ -32,7 +34,10 @@ def write_idx(path: Path, data: np.ndarray) -> None:
 
 @pytest.fixture
 def mnist(tmp_path: Path) -> Path:
-    """Return 1,200 training and 300 test images in torchvision's file format, so that it does not download them."""
+    """Write 1,200 training and 300 test images in torchvision's file format, and return their folder.
+
+    torchvision finds these files and therefore downloads nothing.
+    """
     for part, n in (("train", 1200), ("t10k", 300)):
         images = np.random.RandomState(n).randint(0, 256, (n, 28, 28))
         write_idx(tmp_path / f"tv/MNIST/raw/{part}-images-idx3-ubyte", images)
@@ -78,7 +83,7 @@ def test_several_official_parts_make_one_pool(tmp_path: Path, monkeypatch: pytes
     from PIL import Image
 
     class Flowers102:
-        """Provide two training parts of 600 images, whose red channel identifies the part."""
+        """Provide three parts, train, val and test, with 600 images each. The red channel identifies the part."""
 
         def __init__(self, root: str, split: str, download: bool) -> None:
             self.red = {"train": 10, "val": 20, "test": 30}[split]

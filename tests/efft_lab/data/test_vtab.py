@@ -1,3 +1,5 @@
+"""Test the 19 tasks of VTAB-1K: the published file layout, errors, and the published hyperparameters."""
+
 from __future__ import annotations
 
 import json
@@ -14,7 +16,10 @@ Write = Callable[[Path, int], Path]
 
 @pytest.fixture
 def root(tmp_path: Path, write_image: Write) -> Path:
-    """Return the task kitti (4 classes) in the published layout, with 8, 4, 12 and 6 images."""
+    """Write the task kitti (4 classes) in the published layout, and return the folder that contains it.
+
+    The parts have 8, 4, 12 and 6 images.
+    """
     folder = tmp_path / "vtab-1k" / "kitti"
     for split, count in (("train800", 8), ("val200", 4), ("train800val200", 12), ("test", 6)):
         lines = []
@@ -106,7 +111,7 @@ def test_published_hyperparameters() -> None:
     assert vtab_hyperparameters("svhn") == {"rank": 32, "scale": 80, "init": "vu"}
     assert vtab_hyperparameters("svhn", "efft1") == {"rank": 32, "scale": 50, "init": "u"}
     both = {variant: [vtab_hyperparameters(task, variant) for task in INFOS] for variant in ("efft1", "efft2")}
-    # The counts over the 19 tasks of ranks 8/16/32, and of initializations.
+    # The lists count how many of the 19 tasks have rank 8, 16 and 32, and how many have each initialization.
     ranks = {variant: [sum(s["rank"] == rank for s in rows) for rank in (8, 16, 32)] for variant, rows in both.items()}
     assert ranks == {"efft1": [4, 5, 10], "efft2": [2, 9, 8]}
     assert [sum(s["init"] == letter for s in both["efft1"]) for letter in ("v", "u")] == [10, 9]

@@ -23,7 +23,7 @@ ROOT = Path(efft.__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sklearn", reason="digits come from scikit-learn")
+    pytest.importorskip("sklearn", reason="needs scikit-learn, which contains the digits")
     monkeypatch.setenv("EFFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT.parent}")  # for the process that verifies the results
 

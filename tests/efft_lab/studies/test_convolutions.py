@@ -1,4 +1,7 @@
-"""Test the study of convolutional networks: its pretraining, the adapted layers, and its results."""
+"""Test the study of convolutional networks: its pretraining, the adapted layers, and its result rows.
+
+A row is a line of the result file, with the result of one method and one seed.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ PARAMETERS = {
 
 
 class Bars:
-    """Provide images with horizontal or vertical bars, 16 pixels wide, and noise."""
+    """Provide noisy images of 16 x 16 pixels, each with a horizontal or a vertical bar."""
 
     classes = 2
 

@@ -1,6 +1,7 @@
-"""Test runs that are trained at once in one stack: they must equal separate runs of the trainer.
+"""Test stacks, which train several runs at once: each run must equal a separate run of the trainer.
 
-The results of the runs and the files with the packed images and backbone are tested too.
+Other tests cover additional trained parameters ("extras", such as biases and norms), the lists of runs, the files with
+the packed images and backbone, and the summaries of the results.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Test the study that initializes the factors of EFFT2 with directions of gradients, of weights, or at random.
 
 Such an initialization ("start") must not change the outputs of the model. The factors must hold the requested
-directions, and the first step must move a weight as far as the computed scale lets it.
+directions. The first step must move the weights by the distance for which the scale was computed.
 """
 
 from __future__ import annotations

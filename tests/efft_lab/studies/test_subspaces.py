@@ -1,6 +1,6 @@
-"""Test the study of how much of full fine-tuning updates shared factors can express.
+"""Test the study that measures how much of the updates of full fine-tuning can be expressed by shared factors.
 
-Its measures are tested on matrices for which the results are known. The table of its results is tested too.
+The tests apply the measures to matrices for which the results are known, and check the table of the results.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Test the text study: its task on an artificial package, its model on padded tokens, and its table."""
+"""Test the text study, which trains models to recognize the package from which a docstring comes.
+
+The tests cover the task on artificial packages, the model on padded tokens, LoRA, the bag of words, and the table.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def make_model(tiny_vit: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
 
 @pytest.fixture
 def config() -> TrainConfig:
-    """Return a run of four epochs of four updates that uses every source of randomness."""
+    """Return the configuration of a run of four epochs with four updates each, which uses all sources of randomness."""
     return TrainConfig(
         efft=EfftConfig(rank=4, scale=10.0, dropout=0.1),
         epochs=4,

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow  # runs hundreds of generated examples
 
 
 class Code:
-    """A pickle that would write a file when it is read."""
+    """An object whose pickle would write a file when it is read."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -62,7 +62,7 @@ def test_checkpoints(data: st.DataObject, state: dict[str, Any], tmp_path: Path)
         except CheckpointError as error:
             assert "start the run again" in str(error) or "this version reads" in str(error)  # noqa: PT017
         else:
-            assert found["config"] == state["config"], "only what the checksums do not cover may differ"
+            assert found["config"] == state["config"], "only bytes that no checksum covers may have changed"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

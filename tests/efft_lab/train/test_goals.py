@@ -1,4 +1,7 @@
-"""Compare scores with scikit-learn, and models for segmentation and regression with timm's own feature maps."""
+"""Test goals: classification, segmentation and regression, each with its loss, predictions and scores.
+
+The scores are compared with scikit-learn. The segmentation model is compared with timm's own feature maps.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ metrics = pytest.importorskip("sklearn.metrics", reason="needs the dev extra")
 
 
 def summed(goal: Any, predictions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the score summed over three batches of different sizes."""
+    """Return the goal's statistics, summed over three batches of different sizes."""
     parts = zip(predictions.split([2, 1, len(labels) - 3]), labels.split([2, 1, len(labels) - 3]), strict=True)
     return torch.stack([goal.statistics(*part).double() for part in parts]).sum(0)
 

@@ -1,4 +1,4 @@
-"""Test segmentation and regression on the command line: data on disk, training, reloading, resuming."""
+"""Test runs for segmentation and regression: data on disk, training, reloading, resuming, and the model card."""
 
 from __future__ import annotations
 

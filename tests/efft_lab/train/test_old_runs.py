@@ -1,7 +1,7 @@
 """Test that runs from before the experiment code was a separate package load, compute the same, and can resume.
 
-The folders in ``old_runs`` were written by ``efft.train.run`` in a checkout of commit 2572b1e. There is one complete
-run for each way of saving whose files are small enough to keep. The run ``efft-stopped`` was killed after 24 of 32
+The folders in ``old_runs`` were written by ``efft.train.run`` in a checkout of commit 2572b1e. They hold one complete
+run for each kind of saved file, except the kinds with large files. The run ``efft-stopped`` was killed after 24 of 32
 updates. ``logits.json`` holds the outputs of the models at that commit.
 """
 
@@ -20,7 +20,7 @@ from efft_lab.train import TrainConfig, run
 from efft_lab.train.build import load_trained
 
 pytest.importorskip("timm", reason="needs the vision extra")
-pytest.importorskip("sklearn", reason="the runs learn its digits")
+pytest.importorskip("sklearn", reason="needs scikit-learn, which contains the digits")
 
 FOLDER = Path(__file__).parent / "old_runs"
 LOGITS = json.loads((FOLDER / "logits.json").read_text())

@@ -1,4 +1,7 @@
-"""Test ``prune_at``, which lowers the ranks in the middle of a run; the run must continue and save like others."""
+"""Test ``prune_at``, which lowers the ranks in the middle of a run.
+
+After that, the run must continue its schedule and save its adapter like any other run.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def test_ranks_fall_and_the_schedule_goes_on(
     assert (cut["epoch"], cut["update"]) == (2, 8)
     assert all(r1 < 4 or r2 < 4 for r1, r2 in ranks.values())
     assert all(0 < error**2 <= 0.3 for error in cut["relative_error"].values())
-    assert result.summary["best_epoch"] >= 2, "an epoch of other ranks was selected"
+    assert result.summary["best_epoch"] >= 2, "the selected epoch must have the final ranks"
 
     assert result.model.efft.config.rank == ranks  # type: ignore[union-attr]
     assert result.summary["factor_parameters"] == efft.count_parameters(result.model).factors
@@ -50,7 +53,8 @@ def test_ranks_fall_and_the_schedule_goes_on(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"prune_at": 4}, "prune_at needs method efft and must be from 1 to 3, .* got 4 with method 'efft'"),
+        ({"prune_at": 1, "epochs": 1}, "before the last, but epochs is 1; got 1"),
+        ({"prune_at": 4}, "must be an epoch before the last, from 1 to 3, got 4 with method 'efft'"),
         ({"prune_at": 0}, "1 to 3, got 0"),
         ({"method": "linear"}, "prune_at needs method efft .* with method 'linear'"),
         ({"prune_keep": 0.0}, r"prune_keep must be in \(0, 1\], got 0.0"),

@@ -44,7 +44,8 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
     monkeypatch.setattr(MetricsLog, "write", limited)
 
 
-# Writes: four step records and one epoch record for each of the four epochs, and with pruning one after the second.
+# A run writes four step records and one epoch record in each of its four epochs. With pruning, it writes one more
+# record after the second epoch.
 PRUNED = {"prune_at": 2, "prune_keep": 0.7}
 
 

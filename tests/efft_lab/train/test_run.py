@@ -1,4 +1,4 @@
-"""Test a complete run: the files that it writes, the data that it reads, and that it learns."""
+"""Test a complete run: the files that it writes, the data that it reads, that it learns, and its errors."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_bf16_run(config: TrainConfig, task: Any, make_model: Callable[[], nn.Mo
 
 def test_fp16_is_refused_on_the_cpu(config: TrainConfig, tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+        pytest.skip("tests the error on a machine without a GPU")
     with pytest.raises(ValueError, match="amp='fp16' needs a GPU, and this run is on the CPU; use amp='bf16' or 'no'"):
         run(replace(config, amp="fp16"), tmp_path)
 

@@ -1,4 +1,4 @@
-"""Test that experiment trackers receive the same records as metrics.jsonl."""
+"""Test that experiment trackers receive the same records as metrics.jsonl, and the errors for unusable trackers."""
 
 from __future__ import annotations
 

@@ -156,8 +156,8 @@ one adapter can train biases |
     def auto(cls, *, budget: int | None = None, model: Any = None, **fields: Any) -> EfftPeftConfig:
         """Return a configuration that needs no search, as :meth:`EfftConfig.auto` does.
 
-        The rank and the dropout may also have peft's names. With ``budget``, the biases and norms are counted that peft
-        would train.
+        The rank and the dropout may also have peft's names. With ``budget``, all biases and norms that peft would train
+        are counted.
         """
         for alias, name in (("r", "rank"), ("lora_dropout", "dropout")):
             if alias in fields and name not in fields:

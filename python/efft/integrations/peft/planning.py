@@ -19,7 +19,8 @@ from efft.planning.plan import Plan, make_plan, warn_of_untouched
 from efft.planning.structure import Weight, structure_of
 from efft.planning.targets import by_structure, known_target
 
-#: An :class:`efft.integrations.peft.EfftPeftConfig`, which uses this module to fit a budget.
+#: Stands for :class:`efft.integrations.peft.EfftPeftConfig`. The class is not imported, because its module imports this
+#: module.
 Config = Any
 
 

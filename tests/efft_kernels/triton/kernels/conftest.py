@@ -1,4 +1,8 @@
-"""Collect these tests in Triton's interpreter (``make check-triton``) and, with compiled kernels, on a GPU."""
+"""Select the tests that this session can run, and set the default device.
+
+A session with Triton's interpreter (``make check-triton``) collects all tests of this folder. A session with a GPU
+collects all except ``OF_THE_INTERPRETER`` and compiles the kernels. Other sessions collect none.
+"""
 
 from __future__ import annotations
 

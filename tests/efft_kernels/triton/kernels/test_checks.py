@@ -1,4 +1,4 @@
-"""Test that the interpreter and the address checker find planted errors."""
+"""Test that the address checker finds planted errors, and that the interpreter treats bfloat16 like hardware."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_planted_race_is_found() -> None:
 
 
 def test_planted_nan_is_found() -> None:
-    """A buffer that a kernel does not fill remains full of NaN."""
+    """An element that a kernel does not write remains NaN."""
     with poisoned_empty():
         out = torch.empty(4)
     store_kernel[(3,)](out, 1)

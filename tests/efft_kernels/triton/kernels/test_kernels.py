@@ -1,7 +1,7 @@
-"""Test every Triton kernel with every variant and every size of tiles, on shapes that are not multiples of the tiles.
+"""Test the Triton kernels of the products and of the sums over tokens, with every size of tiles.
 
-On a GPU the kernels are compiled. In Triton's interpreter, the address checker checks every access. Uninitialized
-buffers are filled with NaN.
+Most shapes are not multiples of the tiles. On a GPU the kernels are compiled. In Triton's interpreter, the address
+checker checks the accesses. Most tests fill uninitialized buffers with NaN.
 """
 
 from __future__ import annotations
@@ -58,28 +58,28 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int, scale: float 
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the product left right. The tests compare the errors of the kernels with its errors.
+    """Return ``left @ right``. The tests compare the errors of the kernels with the errors of this product.
 
-    For fp32 on a GPU it sums in one chain of terms like these kernels; the vendor's product sums in several chains.
+    For fp32 on a GPU it adds the terms in one chain, like these kernels. The vendor's product adds in several chains.
     """
     return chained_matmul(left, right) if left.is_cuda and left.dtype == torch.float32 else left @ right
 
 
 def summed(left: Tensor, right: Tensor) -> Tensor:
-    """Return leftᵀ right in fp32; on a GPU it sums in one chain, because tensor cores are less accurate than fp32."""
+    """Return leftᵀ right in fp32. On a GPU it adds in one chain, because tensor cores are less accurate than fp32."""
     return chained_matmul(left.t(), right) if left.is_cuda else left.float().t() @ right.float()
 
 
 def needs(tile: GemmTile, dtype: torch.dtype, *, tma: bool = False) -> None:
     """Skip the test if the launch code would never choose the tile on this GPU."""
     if GPU.capability < tile.capability:
-        pytest.skip(f"needs a newer GPU than one of compute capability {GPU.capability}")
+        pytest.skip(f"needs a GPU with a compute capability above {GPU.capability}.x")
     if tile.shared_memory(dtype.itemsize, tma=tma) > GPU.shared_memory:
         pytest.skip(f"needs more shared memory than {GPU.shared_memory} bytes")
 
 
 def operands(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return A, Bᵀ (so that B is laid out like a weight), bias, P and T, with fp32 factors."""
+    """Return A, the transpose of B (which is a weight), bias, and the factors P and T in fp32."""
     return (
         matrix(M, K, dtype, 0),
         matrix(N, K, dtype, 1, K**-0.5),
@@ -119,11 +119,14 @@ def test_gemm(dtype: torch.dtype, tile: GemmTile) -> None:
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
 @pytest.mark.parametrize("R", [16, 24, 33, 40, 48, 65, 70, 96])
 def test_tails_of_the_second_generation(monkeypatch: pytest.MonkeyPatch, R: int, tma: bool) -> None:
-    """All steps of the tail (the product H T) together have ceil(R / 16) times 16 columns. The results are correct."""
+    """The second generation of the kernels computes the tail, the product H T, in steps over R.
+
+    All steps together have R columns, rounded up to a multiple of 16. The results are correct.
+    """
     monkeypatch.setattr(launch, "KERNELS", 2)
     assert triton.cdiv(R, launch.tail_block(R)) * launch.tail_block(R) == triton.cdiv(R, 16) * 16
     if tma and GPU.capability < 9:
-        pytest.skip(f"needs a newer GPU than one of compute capability {GPU.capability}")
+        pytest.skip(f"needs a GPU with a compute capability above {GPU.capability}.x")
     A, weight, bias, P, T = operands(70, 96, 104, R, torch.float16)
     with checked(), poisoned_empty():
         got = lowrank_gemm(A, weight.t(), bias, P, T, tma=tma)
@@ -137,7 +140,10 @@ def test_tails_of_the_second_generation(monkeypatch: pytest.MonkeyPatch, R: int,
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("tile", TMA_TILES, ids=lambda tile: f"{tile.m}x{tile.n}x{tile.k}")
 def test_gemm_by_tma(dtype: torch.dtype, tile: GemmTile, direction: str) -> None:
-    """Use irregular sizes, but rows of a multiple of 16 bytes where TMA reads them, and few programs for the tiles."""
+    """Most sizes are not multiples of the tiles, but the rows that TMA reads have a multiple of 16 bytes.
+
+    ``FEW`` has so few multiprocessors that each program processes several tiles.
+    """
     needs(tile, dtype, tma=True)
     for M, N, K, R in [(70, 88, 104, 5), (1, 16, 296, 65), (129, 264, 40, 128), (64, 128, 64, 1)]:
         A, weight, bias, P, T = operands(M, N, K, R, dtype)
@@ -162,7 +168,7 @@ def test_gemm_by_tma(dtype: torch.dtype, tile: GemmTile, direction: str) -> None
             assert_close_budget(got, formula, peer, name=f"{(M, N, K, R)}")
 
 
-@pytest.mark.skipif(GPU.capability < 9, reason="there is no TMA on this GPU")
+@pytest.mark.skipif(GPU.capability < 9, reason="TMA needs a GPU of compute capability 9.0 or newer")
 def test_what_tma_cannot_move() -> None:
     A, weight, _, P, T = operands(33, 40, 48, 5, torch.bfloat16)
     odd = matrix(33, 49, torch.bfloat16, 0)[:, 1:]  # rows of 98 bytes
@@ -179,7 +185,7 @@ def test_what_tma_cannot_move() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_update_alone(dtype: torch.dtype) -> None:
-    """B and bias are zero, so that the result is the update and no base hides its error."""
+    """B is zero and there is no bias, so the result consists of the update only."""
     A, weight, bias, P, T = operands(70, 90, 100, 24, dtype)
     zero, none = torch.zeros_like(weight), torch.zeros_like(bias)
     Y, _ = lowrank_gemm(A, zero.t(), None, P, T)
@@ -232,11 +238,11 @@ def test_a_choice_of_tile() -> None:
     """Large products get large tiles, small GPUs get tiles that fit their shared memory, and a tile always exists."""
     A = torch.empty(12608, 768, dtype=torch.bfloat16)
     assert launch.gemm_tile(A, 2304).m == 128
-    assert all(launch.gemm_tile(A, N, tma=True) == TMA_TILES[0] for N in (768, 2304, 3072)), "as measured"
+    assert all(launch.gemm_tile(A, N, tma=True) == TMA_TILES[0] for N in (768, 2304, 3072)), "the fastest tile"
     assert launch.gemm_tile(A[:64], 64).m == 64
     for tiles, size in ((HALF_TILES, 2), (FP32_TILES, 4), (TF32_TILES, 4)):
         smallest = min(tile.shared_memory(size) for tile in tiles)
-        assert smallest <= 64 * 1024, "AMD's 64 KiB"
+        assert smallest <= 64 * 1024, "AMD's GPUs have 64 KiB"
 
 
 def test_tf32_only_by_choice() -> None:
@@ -314,7 +320,7 @@ def test_slope_in_the_epilogue(producer: str, dtype: torch.dtype, tile: GemmTile
 @pytest.mark.parametrize("producer", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gelu_in_half_precision(producer: str, dtype: torch.dtype) -> None:
-    """The errors of the GELU and of its slope are always far below the rounding of their consumers."""
+    """Apart from the final rounding, the errors of the GELU and of its slope are far below half precision."""
     ends = torch.tensor([0.0, 1e-45, 1e-38, 6.0, 6.1, 7.0, 1e4, 1e38])
     z = torch.cat(
         [torch.linspace(-9, 9, 20001), torch.logspace(-30, 4, 2001), -torch.logspace(-30, 4, 2001), ends, -ends]
