@@ -106,7 +106,7 @@ def check_none(adapter: str, changed: Collection[str]) -> None:
     if changed:
         raise ValueError(
             f"adapter {adapter!r} comes with buffers that its training changed ({len(changed)}, for example "
-            f"{min(changed)!r}): all adapters of a pool use the base's buffers (such as the statistics of batch norms); "
+            f"{min(changed)!r}): all adapters of a pool use the base's buffers (such as statistics of batch norms); "
             "train with freeze_statistics=True, or load this adapter with efft.load_adapter into a separate model"
         )
 
