@@ -11,7 +11,8 @@ gives all weight matrices of the module an update of the same rank:
 
 The row ``floor`` is the frozen module without an update. Ratios divide the time of a row by the time of this baseline.
 
-A row is timed only if its errors against fp64 are at most twice those of dense weights in the same precision. The check
+A row is timed only if its errors against fp64 are at most twice those of dense weights in the same precision, or twice
+the error of rounding the exact result if that is larger. The check
 covers the output y and all gradients. For ``lora:peft`` it covers only y and dx, the gradient with respect to the
 input. In the table, "both" is the time of a forward and backward pass, and "fwd" is the time of a forward pass. The
 columns with "floor" contain ratios. "saved" is the memory that a forward pass saves for the backward pass, and
@@ -70,7 +71,7 @@ KINDS: dict[str, Any] = {"attention": Attention, "conv1d": Conv1D}
 
 @dataclass(frozen=True)
 class Case:
-    """Describe a kind of module and the size of its input."""
+    """Describe what is measured: a kind of module, the size of its input, the rank, the dtype and the device."""
 
     kind: str = "attention"
     width: int = 768
@@ -129,7 +130,7 @@ class Trained:
         return torch.autograd.grad(self.forward(), [self.x, *self.factors], self.gy)
 
     def errors(self) -> dict[str, float]:
-        """Return the error of each result, divided by the error of dense weights in the same precision."""
+        """Return the errors as multiples of that of dense weights; see :func:`benchmarks.gated.error_multiples`."""
         y = self.forward()
         dx, *rest = torch.autograd.grad(y, [self.x, *self.factors], self.gy)
         got = {"y": y.detach(), "dx": dx, **{f"d{i}": g for i, g in enumerate(rest)}}
@@ -142,7 +143,7 @@ class Trained:
 
 
 def floor(case: Case) -> Trained:
-    """Return the frozen baseline: the forward pass and dx."""
+    """Return the frozen baseline, which computes the output and dx only."""
     model = case.module()
     return Trained(model, [], *case.inputs(), *_of_module(case, model))
 

@@ -87,7 +87,7 @@ def summary() -> str:
             *(f"{_time(graphs, row)} ({_time(launched, row)}) x frozen" for row in _RIVALS),
         ],
         [
-            f"memory saved for the backward pass on a CPU, fp32, {memory[0]['batch']} images "
+            f"activations kept for the backward pass on a CPU, fp32, {memory[0]['batch']} images "
             f"(frozen model: {saved['floor']:.0f} MiB)",
             f"{saved['efft:cpu']:.0f} MiB; {saved['fused:cpu']:.0f} MiB if the adapted layers also compute the norms "
             "and GELUs before them (`efft.fuse`)",

@@ -1,12 +1,13 @@
 // Computes the gradients of the factors of a layer, dG = h^T gy and dD = x^T dh, which are sums over all tokens. x is
-// the input of the layer, gy is the gradient of its output, h = x D, and dh = gy G^T. The sums are in fp32 and always
-// in the same order.
+// the input of the layer, gy is the gradient of its output, h = x D, and dh = gy G^T. The sums are in fp32. Their
+// order depends only on the sizes and on the model of the GPU, so that equal calls give equal results.
 //
 // One kernel computes both products. The tokens are divided into as many ranges ("splits") as are needed to fill the
-// GPU. Every block multiplies 64 columns of gy or x by up to 128 columns of h or dh, for the tokens of one range. The
+// GPU, but at most into one range per 256 tokens. Every block multiplies 64 columns of gy or x by up to 128 columns of h or dh, for the tokens of one range. The
 // block reads each element of its columns once. Its sums stay in registers until it writes them as partial sums. A
 // second, small kernel adds the partial sums of the ranges in order and rounds once. Therefore no atomic additions are
-// needed. If the second generation of kernels is selected, reduce_tokens_sm90.cu computes the sums instead.
+// needed. If EFFT_SM90_GENERATION selects newer kernels and the GPU can execute them, reduce_tokens_sm90.cu computes the
+// sums instead.
 #include <algorithm>
 
 #include "accumulator.cuh"
@@ -34,7 +35,7 @@ struct Layout {
   static constexpr int BYTES = STAGES * STAGE;
 };
 
-// Returns the number of tokens in one range, rounded up so that a range consists of full steps in every type.
+// Returns the number of tokens in one range, rounded up so that a range consists of full steps for every type T.
 __host__ __device__ inline int64_t range(int64_t tokens, int64_t splits) {
   constexpr int64_t whole = TOKENS<uint16_t>;
   return ((tokens + splits - 1) / splits + whole - 1) / whole * whole;

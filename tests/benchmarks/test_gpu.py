@@ -102,6 +102,6 @@ def test_exit_code_and_summary(
 def test_wrong_calls_say_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.modules["torch"].cuda, "is_available", lambda: False)
     assert main(["gpu"]) == 2
-    assert "no CUDA device; to try the command without one, pass --device cpu --quick" in capsys.readouterr().err
+    assert "no CUDA device; to try the command without a GPU, pass --device cpu --quick" in capsys.readouterr().err
     assert main(["gpu", "--device", "cpu", "--budget", "0"]) == 2
     assert "--budget must be a positive number of seconds, got 0" in capsys.readouterr().err

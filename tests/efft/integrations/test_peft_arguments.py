@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +149,7 @@ def test_settings_that_are_refused(changes: dict[str, Any], message: str) -> Non
 
 
 def test_nothing_to_adapt_is_an_error() -> None:
-    expected = (
-        r"target_modules=\['nothing'\] with exclude_modules=None.*leaves no layer of this LlamaForCausalLM to adapt"
-    )
+    expected = r"no layer of this LlamaForCausalLM is left to adapt.*target_modules=\['nothing'\], exclude_modules=None"
     with pytest.raises(ValueError, match=expected):
         peft.get_peft_model(llama(), EfftPeftConfig(target_modules=["nothing"]))
     with pytest.raises(ValueError, match=r"\['model.layers.0.self_attn.q_proj'"):
@@ -328,6 +328,78 @@ def test_a_budget_counts_what_peft_trains(fields: dict[str, Any]) -> None:
         assert config.rank == rank
         assert trained(config) <= budget + spare
     assert EfftPeftConfig.auto(r=8, lora_dropout=0.5) == EfftPeftConfig.auto(rank=8, dropout=0.5)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_heads_of_several_layers_are_unloaded(merge: bool) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {**SIZES, "vocab_size": 50, "num_labels": 3, "pad_token_id": 0}
+        model: nn.Module = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes))
+        return model.eval()
+
+    model = peft.get_peft_model(base(), EfftPeftConfig(r=2, init_weights=False)).eval()
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].dense.weight.mul_(2)
+    y, head = output(model), model.base_model.model.classifier.modules_to_save["default"]
+    if merge:
+        torch.testing.assert_close(output(model.merge_and_unload()), y)
+    else:
+        expected = base()
+        expected.classifier = head
+        assert output(model.unload()).equal(output(expected))
+
+
+def test_a_plan_of_many_layers_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """peft replaces a long list of layers by endings of their names."""
+    monkeypatch.setattr(peft.tuners.tuners_utils, "MIN_TARGET_MODULES_FOR_OPTIMIZATION", 1)
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        blocks = ({"up": nn.Linear(8, 24), "act": nn.GELU(), "down": nn.Linear(24, 8)} for _ in range(3))
+        return nn.Sequential(*(nn.Sequential(OrderedDict(block)) for block in blocks)).eval()
+
+    model = peft.get_peft_model(base(), EfftPeftConfig(r=2, scale="auto", init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] is None
+    x = torch.randn(5, 8)
+    assert peft.PeftModel.from_pretrained(base(), tmp_path)(x).equal(model(x))
+
+
+def with_batch_norms() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
+
+
+@pytest.mark.parametrize("fields", [{"freeze_statistics": True}, {"norms": True}, {"modules_to_save": ["1", "3"]}])
+def test_statistics_are_frozen_or_saved(fields: dict[str, Any], tmp_path: Path) -> None:
+    config = EfftPeftConfig(**{"r": 2, "init_weights": False, "modules_to_save": [], "dropout": 0.0, **fields})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model, x = peft.get_peft_model(with_batch_norms(), config), torch.randn(8, 4)
+    modes = [m.training for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert not config.freeze_statistics or not any(modes)
+    model.train()
+    for _ in range(3):
+        model(x)
+    y = model.eval()(x)
+    model.save_pretrained(tmp_path)
+    assert peft.PeftModel.from_pretrained(with_batch_norms(), tmp_path).eval()(x).equal(y)
+
+
+def test_frozen_statistics_of_trained_norms_do_not_change() -> None:
+    config = EfftPeftConfig(r=2, modules_to_save=[], norms=True, freeze_statistics=True)
+    model = peft.get_peft_model(with_batch_norms(), config).train()
+    model(torch.randn(8, 4))
+    norm = model.base_model.model[1].modules_to_save["default"]
+    assert norm.running_mean.equal(torch.zeros(6))
+    assert norm.weight.requires_grad
+
+
+def test_statistics_that_peft_does_not_save() -> None:
+    config = EfftPeftConfig(r=2, modules_to_save=[])
+    with pytest.warns(UserWarning, match="2 modules, '1' first, change their statistics in training mode"):
+        peft.get_peft_model(with_batch_norms(), config)
 
 
 def test_the_dtype_of_factors() -> None:

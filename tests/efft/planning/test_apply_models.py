@@ -355,7 +355,7 @@ def test_a_forward_set_after_apply_must_go_before_remove(tiny_vit: Make, images:
     model = efft.apply(tiny_vit(), efft.EfftConfig(rank=4))
     layer = model.blocks[0].mlp.fc1
     layer.forward = lambda x: 2 * type(layer).forward(layer, x)
-    with pytest.raises(ValueError, match=r"forward was set on blocks\.0\.mlp\.fc1 after efft\.apply"):
+    with pytest.raises(ValueError, match=r"forward was set on 'blocks\.0\.mlp\.fc1' after efft\.apply"):
         efft.remove(model)
     del layer.forward
     efft.remove(model)

@@ -114,7 +114,8 @@ def test_kernels_that_are_standardised_are_told_of_once_with_their_size(images: 
     model = efft.apply(timm.create_model("test_nfnet", num_classes=5), efft.EfftConfig(rank=2))
     read = {n: u for n, u in adapted_layers(model).items() if not isinstance(u, nn.Module)}
     size = 4 * sum(update.weight.numel() for update in read.values()) / 2**20
-    message = rf"{len(read)} of {len(adapted_layers(model))} adapted weights, 'stages.* read by ScaledStdConv2d, where"
+    n_all = len(adapted_layers(model))
+    message = rf"{len(read)} of {n_all} adapted weights, 'stages.* read directly by ScaledStdConv2d, and"
     with pytest.warns(UserWarning, match=rf"{message} .* {size:.3g} MiB in all"):
         model(images)
     with warnings.catch_warnings():

@@ -246,7 +246,7 @@ def test_what_is_refused() -> None:
     for site, reason in (
         (Site(0, (0, 1, 2), experts=2), "the same number of cores"),
         (Site(0, (0, 1), interleaved=True), "interleaved"),
-        (Site(0, tuple(range(8)), transpose=True, experts=4), "transposed train has one core"),
+        (Site(0, tuple(range(8)), transpose=True, experts=4), "transposed tensor train has one core"),
         (Site(0, (0, 12), experts=2), "does not fit a bank"),
     ):
         with pytest.raises(ValueError, match=reason):

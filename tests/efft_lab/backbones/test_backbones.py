@@ -68,7 +68,7 @@ def test_no_network_suggests_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(OSError, match=r"weights of test_vit could not be downloaded \(OSError\).*--checkpoint"):
+    with pytest.raises(OSError, match=r"weights of 'test_vit' could not be downloaded \(OSError\).*--checkpoint"):
         backbones.create("test_vit")
 
 

@@ -156,5 +156,5 @@ def test_other_folders(folder: Path, tmp_path: Path) -> None:
     (folder / "masks").rename(folder / "other")
     with pytest.raises(ValueError, match=r"expected one folder masks/ in .*, found images/, other/"):
         load(folder)
-    with pytest.raises(ValueError, match="digits is a task of classification, not of segmentation"):
+    with pytest.raises(ValueError, match="'digits' is a task of classification, not of segmentation"):
         efft_lab.data.load("digits", kind="segmentation")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from efft.adapting import buffers
 from efft.integrations.peft import kinds
 from efft.integrations.peft.config import EfftPeftConfig
 from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
@@ -93,8 +95,13 @@ class EfftModel(BaseTuner):
         self._sites: dict[str, tuple[TTFactors, Site]] = sites
         if config.bias != "none":
             self._base_biases = _biases(model if config.bias == "all" else nn.ModuleList(layers))
+        by_targets = config.chosen_by_targets
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        if by_targets:  # peft replaces hundreds of names by their endings, but names would group the layers differently
+            config.target_modules = None
         self._sites = {}
+        self._freeze_statistics()
+        _warn_of_statistics(model, config)
         for parameter, requires_grad in earlier.items():  # peft restores only the parameters inside the model
             parameter.requires_grad_(requires_grad)
         self._readers = {name: (layer, type(module).__name__) for name, layer, module in read_layers(model, EfftLayer)}
@@ -104,6 +111,20 @@ class EfftModel(BaseTuner):
                 model.register_forward_pre_hook(self._prepare),
                 model.register_forward_hook(self._release, always_call=True),
             ]
+
+    def train(self, mode: bool = True) -> EfftModel:
+        """Set the mode, but leave modules in eval mode if an active adapter has ``freeze_statistics``."""
+        super().train(mode)
+        self._freeze_statistics()
+        return self
+
+    def _freeze_statistics(self) -> None:
+        names = self.active_adapters if "efft_banks" in self._modules else []
+        frozen = [self.peft_config[name] for name in names if self.peft_config[name].freeze_statistics]
+        if frozen:
+            heads = [name for name in frozen[0].head or [] if not is_norm(_original(self.model.get_submodule(name)))]
+            for module in buffers.statistics(self.model, heads):
+                module.training = False
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
@@ -193,7 +214,10 @@ class EfftModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        super()._replace_module(parent, child_name, new_module, child)
+        if isinstance(child, AuxiliaryTrainingWrapper):  # peft would look for a weight in a head of several layers
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
         replace_in_attributes(parent, {child: new_module})
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -309,6 +333,30 @@ def _biases(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
     """Return every module with a bias, and a copy of the bias."""
     owners = (module for module in model.modules() if module._parameters.get("bias") is not None)
     return [(module, module._parameters["bias"].detach().clone()) for module in owners]  # type: ignore[union-attr]
+
+
+def _original(module: nn.Module) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def _warn_of_statistics(model: nn.Module, config: EfftPeftConfig) -> None:
+    """Warn about batch norms whose statistics would change in training, because peft would not save them."""
+    if config.inference_mode or config.freeze_statistics:
+        return
+    whole = {module for m in model.modules() if isinstance(m, ModulesToSaveWrapper) for module in m.modules()}
+    changing = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        and module.running_mean is not None
+        and module not in whole
+    ]
+    if changing:
+        warnings.warn(
+            f"{len(changing)} modules, {changing[0]!r} first, change their statistics in training mode, and peft does "
+            "not save these: set freeze_statistics=True or norms=True, or name the modules in modules_to_save",
+            stacklevel=4,
+        )
 
 
 def _restore_norms(model: nn.Module, configs: Iterable[EfftPeftConfig]) -> None:

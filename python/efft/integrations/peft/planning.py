@@ -25,7 +25,9 @@ Config = Any
 
 
 def plan_adapter(model: nn.Module, config: Config) -> Plan:
-    """Plan the adapter on a model with its original layers, and replace ``target_modules="all-linear"`` by names.
+    """Plan the adapter of a model that peft has not wrapped yet.
+
+    The function replaces ``config.target_modules="all-linear"`` by the names of the layers.
 
     Raises:
         ValueError: the configuration does not fit the model. The message gives the reason.
@@ -40,7 +42,7 @@ def plan_adapter(model: nn.Module, config: Config) -> Plan:
     elif config.chosen_by_targets:
         plan = make_plan(model, config.own(head=head))
         names = [name for group in plan.groups for name in group.sites]
-        # layers_to_transform does not restrict entries that are whole names.
+        # peft applies layers_to_transform only to endings of names in target_modules, not to whole names.
         found = _matcher(config, [name.rpartition(".")[2] for name in names], head)
         names = [name for name in names if found(name)]
     else:
@@ -48,7 +50,7 @@ def plan_adapter(model: nn.Module, config: Config) -> Plan:
         if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             every = _maybe_include_all_linear_layers(_settings(config, config.target_modules, head), model)
             config.target_modules = [name for name, _ in model.named_modules() if name in every.target_modules]
-            # Comparing all names as endings would be slow.
+            # The list is complete, so every name in it matches. Comparing each name with each ending would be slow.
             candidates, found = config.target_modules, _matcher(config, ".*", head)
         else:
             candidates, found = dict(model.named_modules()), _matcher(config, config.target_modules, head)
@@ -62,10 +64,11 @@ def plan_adapter(model: nn.Module, config: Config) -> Plan:
             head = [h for h in head if not any(f"{name}.".startswith(f"{h}.") for name in names)]
     if not names:
         raise NoMatchingPeftModuleError(
-            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r}, "
-            f"layers_to_transform={config.layers_to_transform!r}, layers_pattern={config.layers_pattern!r} and the "
-            f"modules that are trained as a whole ({head}) leaves no layer of this {type(model).__name__} to adapt; "
-            "give names of its layers, their endings, a regular expression for whole names, or 'all-linear'"
+            f"no layer of this {type(model).__name__} is left to adapt. The settings are "
+            f"target_modules={config.target_modules!r}, exclude_modules={config.exclude_modules!r}, "
+            f"exclude={config.exclude!r}, layers_to_transform={config.layers_to_transform!r} and "
+            f"layers_pattern={config.layers_pattern!r}. These modules are trained as a whole: {head}. As "
+            "target_modules, give names of layers, their endings, a regular expression for whole names, or 'all-linear'"
         )
     return _plan_of(model, config, names, head)
 
@@ -73,7 +76,8 @@ def plan_adapter(model: nn.Module, config: Config) -> Plan:
 def trained_norms(model: nn.Module, head: Iterable[str]) -> list[str]:
     """Return the names of the normalization layers outside the head.
 
-    The head of a saved adapter already contains the normalization layers that were trained.
+    When a saved adapter is loaded, its head already contains the normalization layers that were trained. They are not
+    returned again.
 
     Raises:
         ValueError: the model has no normalization layers with parameters.
@@ -94,7 +98,11 @@ def trained_beside(model: nn.Module, config: Config, plan: Plan) -> int:
 
 
 def exclusion(config: Config, name: str) -> Any:
-    """Return False, or the falsy object with which peft records that ``exclude_modules`` matches a name."""
+    """Return the answer of a tuner to peft's question whether a layer is adapted, for a layer that is not.
+
+    The answer is False, or an object of peft that is false as well. peft counts these objects to report that
+    ``exclude_modules`` matched something.
+    """
     return check_target_module_exists(_settings(config, ".*", []), name) and False
 
 
@@ -134,7 +142,7 @@ def _weights(model: nn.Module, config: Config, names: list[str], head: list[str]
 
 
 def _groups(model: nn.Module, config: Config, weights: dict[str, Weight], changes: dict[str, Any]) -> Sequence[Any]:
-    """Group the given layers as in the paper. If the shapes do not allow this, group the layers by shape."""
+    """Group the given layers as in the paper. If the configuration refuses that, group the layers by shape."""
     try:
         own = config.own(targets=list(weights), **changes)
         return own.groups(model, [known_target(weight) for weight in weights.values()])
