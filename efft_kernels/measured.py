@@ -1,12 +1,15 @@
-"""Read and write the table of measurements by which ``auto`` chooses between fused kernels and vendor products.
+"""Read and write the table of measurements by which the backend ``auto`` chooses on a GPU.
+
+The choice is between the fused kernels of this package and the matrix products of the GPU's vendor (cuBLAS, which the
+backend ``eager`` calls).
 
 Each row of ``measured.json`` in this folder contains the times of several backends for one case (an op with its sizes
 and its dtype) and names the GPU and the versions of torch and triton. A row applies to every GPU of the same major
 compute capability, and compares only the backends that it lists. If no row applies, ``auto`` uses the vendor's
-products. :mod:`efft_kernels.autotune` writes tables and, if ``EFFT_AUTOTUNE`` is set, measures cases to which no row
-applies.
+products. :mod:`efft_kernels.autotune` writes tables and, if ``EFFT_AUTOTUNE`` is set, measures cases for whose widths
+there is no row.
 
-A backend returns exactly the same results in every run, because no kernel of this package uses atomic additions.
+No kernel of this package uses atomic additions, so a backend returns exactly the same results in every run on one GPU.
 Different backends may round differently.
 """
 
@@ -23,7 +26,7 @@ from typing import Any, Protocol
 import torch
 
 COMMITTED = Path(__file__).with_name("measured.json")
-#: A row applies to sizes that differ by at most this factor, because the launch of the kernels then changes little.
+#: A row applies to sizes that differ by at most this factor, because the kernels are then launched in a similar way.
 NEAR = 2.0
 #: The largest table that is read, in bytes. This is enough for tens of thousands of rows.
 _LARGEST = 16 * 2**20
@@ -46,7 +49,8 @@ class Case:
 class Row:
     """Hold the microseconds of forward plus backward for each backend, fastest first, and the origin of the times.
 
-    ``kernels`` is the generation of the cuda kernels that were measured (``EFFT_SM90_GENERATION`` in ENVIRONMENT.md).
+    ``kernels`` says which generation of this package's cuda kernels was measured (see ``EFFT_SM90_GENERATION`` in
+    ENVIRONMENT.md). It is not the generation of the GPU.
     """
 
     case: Case
@@ -55,13 +59,13 @@ class Row:
     kernels: int = 1
 
     def __post_init__(self) -> None:
-        # Sorting in fastest() would fail under torch.compile, which may make the floats graph inputs that it cannot
-        # compare.
+        # Sorting in fastest() would fail under torch.compile. It may turn the floats into inputs of the graph, and
+        # inputs of a graph cannot be compared.
         object.__setattr__(self, "microseconds", dict(sorted(self.microseconds.items(), key=lambda item: item[1])))
 
 
 class Measurer(Protocol):
-    """Measure cases to which no row applies, for :func:`fastest` (implemented by :mod:`efft_kernels.autotune`)."""
+    """Measure cases for :func:`fastest` (implemented by :mod:`efft_kernels.autotune`)."""
 
     def can_measure(self, device: torch.device) -> bool:
         """Return whether a measurement on ``device`` is possible at this moment."""
@@ -132,9 +136,9 @@ _measurer: Measurer | None = None
 
 
 def plug_in(measurer: Measurer, rows: Sequence[Row]) -> None:
-    """Make :func:`fastest` also search ``rows``, and call ``measurer`` for cases to which no row applies.
+    """Make :func:`fastest` also search ``rows``, and call ``measurer`` for cases for whose widths there is no row.
 
-    If two rows are equally similar to a case, one of ``rows`` is preferred.
+    If two rows of one generation of kernels are equally similar to a case, one of ``rows`` is preferred.
     """
     global _measurer
     _rows[:0] = rows
@@ -142,7 +146,10 @@ def plug_in(measurer: Measurer, rows: Sequence[Row]) -> None:
 
 
 def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | None:
-    """Return the one of ``backends`` that measured fastest for ``case`` or a similar case; None if no row applies.
+    """Return the one of ``backends`` that measured fastest for ``case`` or a similar case.
+
+    For an op without rows, the rows of ``tt_linear`` count. Return None if no row applies, or if the row that applies
+    contains none of ``backends``.
 
     A plugged-in measurer measures the case, unless a row has its d_in and d_out and a similar number of tokens.
     """
@@ -151,7 +158,7 @@ def fastest(case: Case, device: torch.device, backends: Sequence[str]) -> str | 
         row = _measurer.measure(case, device, backends)
         _rows.append(row)
     row = row or _newest(case, NEAR)
-    if row is None and case.op != "tt_linear":  # most of the op's time is spent on the same product
+    if row is None and case.op != "tt_linear":  # all ops spend most of their time on x Wᵀ, like tt_linear
         row = _newest(replace(case, op="tt_linear"), NEAR)
     return next((b for b in row.microseconds if b in backends), None) if row is not None else None
 

@@ -60,10 +60,10 @@ def make_inputs(
         op: the name of a public op.
         tokens, d_in, d_out, r1, r2, n_layers, n_cores, samples, n_adapters: sizes; an op uses those that it has.
         update: the size of the update relative to that of the base product.
-        base_cancels: choose ``W`` and ``x`` so that ``x Wᵀ = 0`` (and ``gy W = 0`` for ``gy = [g, -g]``), without a
-            bias. ``y`` and ``dx`` then consist of only the update, so the rounding error of the update is visible.
-            ``d_in`` and ``d_out`` must be even.
-        masks: add dropout masks that drop a quarter of the factors' elements.
+        base_cancels: for ``tt_linear`` and ``tt_gelu_linear``, choose ``W`` and ``x`` so that ``x Wᵀ = 0``, without a
+            bias. For ``gy = [g, -g]``, also ``gy W = 0``. ``y`` and ``dx`` then consist of only the update, so the
+            rounding error of the update is visible. ``d_in`` and ``d_out`` must be even.
+        masks: for ``tt_contract``, add dropout masks that drop a quarter of the factors' elements on average.
         dtype: the dtype of activations, weights and (by default) factors.
         factor_dtype: the dtype of the factors.
         device: the device of the tensors.
@@ -170,9 +170,9 @@ def assert_close_budget(
     exact result to the dtype of ``got`` can cause a larger error, that error is used instead, because a small reference
     tensor may be exact by chance. If both errors are zero, ``got`` must be exact.
 
-    Apply this check to each gradient and to the update (``base_cancels`` of :func:`make_inputs`), because an error of
-    the update is invisible in ``y``. In fp64, for which no more exact reference exists, use
-    ``torch.testing.assert_close``.
+    Apply this check to each gradient and, with ``base_cancels`` of :func:`make_inputs`, to the update alone. If the
+    update is small, its error is invisible next to the rounding error of ``x Wᵀ``. In fp64, for which no more exact
+    reference exists, use ``torch.testing.assert_close``.
     """
     for what, other in (("reference_fp64", reference_fp64), ("same_precision_reference", same_precision_reference)):
         if got.shape != other.shape:
@@ -203,8 +203,9 @@ def chained_matmul(left: Tensor, right: Tensor) -> Tensor:
     """Compute ``left @ right`` in fp32 with every sum in one chain, like a GPU kernel that does not split sums.
 
     In fp32, terms are added one by one and rounded to nearest. In half precision, sixteen terms at a time are added and
-    truncated, as tensor cores do (Fasi et al., doi.org/10.7717/peerj-cs.330). The result can serve as the reference in
-    :func:`assert_close_budget` if the vendor's product sums in several chains, which is more exact.
+    truncated, as tensor cores do (Fasi et al., doi.org/10.7717/peerj-cs.330). Products of libraries often
+    sum in several chains, which is more exact than a kernel with one chain can be. For such a kernel, use this result,
+    in the dtype of the kernel's result, as ``same_precision_reference`` of :func:`assert_close_budget`.
     """
     step, truncates = (1, False) if left.dtype == torch.float32 else (16, True)
     total = torch.zeros(left.shape[0], right.shape[1], device=left.device)
@@ -220,8 +221,9 @@ def chained_matmul(left: Tensor, right: Tensor) -> Tensor:
 def poisoned_empty() -> Iterator[None]:
     """Fill every uninitialized buffer inside the ``with`` block with NaN, or with the largest value of an integer type.
 
-    This affects ``torch.empty`` and similar functions in Python and C++, and the outputs that torch's own ops allocate.
-    A kernel that reads memory that it never wrote therefore cannot pass. The function uses torch's deterministic mode.
+    This affects ``torch.empty`` and similar functions in Python and C++. A kernel that reads an element of such a
+    tensor before writing it then returns NaN. Memory that a kernel allocates in another way is not filled. The function
+    uses torch's deterministic mode.
     """
     settings: Any = torch.utils.deterministic
     before = (

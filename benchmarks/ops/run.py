@@ -74,7 +74,11 @@ def measure(case: Case, wanted: Sequence[LayerRow], setting: Setting) -> list[di
 
 
 def _judge(row: LayerRow, inputs: Inputs, budget: Budget) -> tuple[Layer | None, dict[str, Any]]:
-    """Check a row. Return the layer to time, or None with a ``reason``, and the errors that the check found."""
+    """Check a row. Return (layer, fields of the result line).
+
+    For a row that passes, the fields are the errors that the check found. For any other row the layer is None, and the
+    only field is the ``reason``.
+    """
     reason = row.unavailable(inputs)
     if reason is not None:
         return None, {"reason": f"not available: {reason}"}
@@ -197,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in wanted:
         print(f"{row.name:<16}{row.explains}")
     print(
-        "\nboth: forward and backward; limit: the least possible ratio of both at equal FLOP/s\n"
+        "\nboth: forward and backward pass together; limit: the lowest possible ratio of these, at equal FLOP/s\n"
         "GEMM peak, copy peak: achieved fractions of the speed of a large product and of a large copy\n"
         f"small dW: error of y for an update of {SMALL:g} times the size of the frozen weight, "
         "as a multiple of the plain formula's error in the same precision\n"
@@ -227,7 +231,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--repeats", type=int, help="number of samples per row (default: 10; 5 with --quick)")
     parser.add_argument("--l2", choices=("cold", "warm"), default="cold", help="state of the GPU's L2 cache")
-    parser.add_argument("--no-cuda-graphs", action="store_true", help="include the cost of launching kernels")
+    parser.add_argument(
+        "--no-cuda-graphs", action="store_true", help="launch each kernel from Python instead of replaying a graph"
+    )
     return parser
 
 

@@ -1,16 +1,17 @@
-"""Fuse the LayerNorm or GELU before an adapted layer into the layer, so that the output of this module is not stored.
+"""Fuse the LayerNorm or GELU before an adapted layer into the layer, so that its output need not be stored.
 
 The *producer* of a layer is the LayerNorm or GELU module whose output the layer reads. :func:`fuse_producer` makes such
 a module return a :class:`ProducerOutput`, which contains the input and postpones the computation. An
 :class:`efft_kernels.EfftLinear` that receives a :class:`ProducerOutput` computes the producer and the linear layer in
-one op (``tt_norm_linear``, ``tt_gelu_linear``). Any other operation first converts the :class:`ProducerOutput` to an
-ordinary tensor, so other modules need no changes and never see a wrong value. If a custom autograd.Function uses the
+one op (``tt_norm_linear``, ``tt_gelu_linear``). Other operations that need the values first convert the
+:class:`ProducerOutput` to an ordinary tensor, so other modules need no changes. If a custom autograd.Function uses the
 :class:`ProducerOutput` and returns a gradient for it, the gradient is passed on to the input and to the norm's
 parameters, just as it would be without the fusion.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -53,8 +54,8 @@ class ProducerOutput(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(
-            f"{func} reached the output of a fused LayerNorm or GELU below torch's Python functions, where it has no "
-            "values; undo the fusion with efft.unfuse(model)"
+            f"{func} was called on the output of a fused LayerNorm or GELU, but not by a public function of torch. "
+            "Only these compute the values of such an output; undo the fusion with efft.unfuse(model)"
         )
 
     def value(self) -> Tensor:
@@ -86,7 +87,7 @@ class ProducerOutput(Tensor):
 class _Postpone(torch.autograd.Function):
     """Create a :class:`ProducerOutput`, and serve as its node in the autograd graph.
 
-    If an adapted layer uses the producer's input directly, nothing in the graph uses this node.
+    An adapted layer computes the producer from its input. Then no gradient reaches this node.
     """
 
     @staticmethod
@@ -126,17 +127,49 @@ def fuse_producer(module: nn.Module) -> bool:
     """Make ``module`` postpone its computation, so that the adapted layer after the module performs it.
 
     The module still computes its output itself in compiled, exported and traced code, in the transforms of
-    ``torch.func``, in inference mode, and while it has hooks.
+    ``torch.func``, if its input is an inference tensor or of a subclass of Tensor, and while it has forward or backward
+    hooks.
 
     Returns:
-        Whether the module is a LayerNorm or a GELU that can be fused. If it is not, nothing is changed.
+        Whether the module was fused. It must be a LayerNorm over one dimension or a GELU, or an instance of a subclass
+        that computes the same. Otherwise nothing is changed. This also holds if the module is fused already, or if its
+        ``forward`` was replaced on the instance.
     """
     if "forward" in module.__dict__ or not (
         isinstance(module, nn.GELU) or (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1)
     ):
         return False
+    if not _is_plain(module):
+        return False
     module.__dict__["forward"] = functools.partial(_forward, module)
     return True
+
+
+def _is_plain(module: nn.LayerNorm | nn.GELU) -> bool:
+    """Return whether the module computes the formula of its base class.
+
+    A subclass with its own forward method may compute something else, such as a LayerNorm that adds 1 to its weight.
+    The function therefore calls that method with random numbers in place of the input and of the parameters.
+    """
+    base: type[nn.Module] = nn.GELU if isinstance(module, nn.GELU) else nn.LayerNorm
+    if type(module).forward is base.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    probe = copy.copy(module)
+    probe.__dict__["_parameters"] = {
+        name: None if value is None else torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        for name, value in module._parameters.items()
+    }
+    width = 8 if isinstance(module, nn.GELU) else module.normalized_shape[0]
+    x = torch.randn(2, 3, width, generator=generator, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            got = type(module).forward(probe, x)
+            expected = base.forward(probe, x)
+    except Exception:  # the method needs something that the probe lacks, or an input of another shape
+        return False
+    # Subclasses that compute in fp32 are plain as well.
+    return got.shape == expected.shape and torch.allclose(got.to(torch.float64), expected, rtol=1e-4, atol=1e-4)
 
 
 def unfuse_producer(module: nn.Module) -> None:

@@ -48,8 +48,9 @@ class AdapterPool:
     that changes the layer is added. Names in the state dict do not change.
 
     For each layer, an adapter has two *operands* D and G, whose product is the update. They are computed from its
-    factors. The pool stores only the operands, in the dtype of the weights. For each layer it stacks the operands of
-    all n adapters: D ``[n, in_features, r]`` and G ``[n, r, out_features]``. Layers share a stack if they
+    factors. For each layer the pool stacks the operands of all adapters, in the dtype of the weight: D
+    ``[n, in_features, r]`` and G ``[n, r, out_features]``, where n is 1 + ``capacity`` and the first row is for the
+    base. Layers share a stack if they
     share the operand in every adapter (as they do with EFFT's D). Lower ranks are padded with zeros to the highest
     rank. For the linear layers of a head, the pool stores weight and bias.
 
@@ -58,9 +59,10 @@ class AdapterPool:
     batch.
 
     Adding and removing adapters changes the stacks in place, so compiled code stays valid. The stacks are created
-    again if the capacity is exceeded (it is then doubled), and if a new adapter has a higher rank, has other layers or
-    shares operands between other layers. To replay a CUDA graph with other adapters, use :meth:`fixed_batch`. Threads
-    may use different adapters at the same time, while other threads add and remove adapters.
+    again if the capacity is exceeded (it is then doubled), and if a new adapter has a higher rank, adapts a layer that
+    no earlier adapter adapts, or does not share an operand between the same layers as the earlier adapters. To replay a
+    CUDA graph with other adapters, use :meth:`fixed_batch`. Threads may use different adapters at the same time, while
+    other threads add and remove adapters.
 
     Args:
         model: a model that is not adapted, on its final device and in its final dtype. Compile it after adding the
@@ -86,13 +88,13 @@ class AdapterPool:
         if any(isinstance(h, functools.partial) and h.func is check_batch for h in model._forward_pre_hooks.values()):
             raise ValueError("this model is in a pool already; call detach() on that pool first")
         self.model = model
-        self._twin = twin_of(model)
+        self._twin = twin_of(model)  # a copy of the module tree that shares the parameters, to load adapters into
         self._selected: ContextVar[Selection | None] = ContextVar("selected", default=None)
         self._hook = model.register_forward_pre_hook(
             functools.partial(check_batch, self._selected, self._learn_layouts), prepend=True, with_kwargs=True
         )
         self._layouts: dict[str, Layouts] | None = None
-        self._attempts = 3  # remaining attempts to find the layouts
+        self._attempts = 3  # remaining attempts to find where the inputs of the layers contain the samples (_layouts)
         self._changing = threading.RLock()  # adapters are added one at a time, but calls of the model do not wait
         self._lock = threading.RLock()
         self._rows = capacity + 1  # row 0 belongs to the base
@@ -137,7 +139,7 @@ class AdapterPool:
         heads = {h: m for h in description["head"] if (m := find(self._twin, h)) is not None}
         shared = {n: p for n, p in self._twin.named_parameters() if n in set(description["extras"])}
         try:
-            for head, module in heads.items():  # the twin shares the model's memory, so load into copies
+            for head, module in heads.items():  # _twin shares the model's parameters, so load into copies
                 self._twin.set_submodule(head, copy.deepcopy(module))
             set_parameters(self._twin, {n: nn.Parameter(p.detach().clone()) for n, p in shared.items()})
             loaded = load_described(self._twin, folder, description, strict)
@@ -186,7 +188,8 @@ class AdapterPool:
     def add_mix(self, name: str, weights: Mapping[str, float]) -> None:
         """Add the weighted sum of adapters of this pool as another adapter.
 
-        The sum is exact. Its update is the weighted sum of the updates, and the rank is the sum of the ranks. Its head
+        The update of the sum is the weighted sum of the updates, rounded to the dtype of the weights. Its rank is the
+        sum of the ranks. Trained biases and norms are summed like the head. Its head
         is the base's head plus the weighted sum of the differences between the heads and the base's head. The mix does
         not change when its parts are removed. It cannot be saved to a file: keep ``weights`` and the folders of the
         adapters, and create the mix again.
@@ -227,7 +230,10 @@ class AdapterPool:
         with self._lock:
             self._slot(name)
             if self._in_use[name]:
-                raise RuntimeError(f"adapter {name!r} is in use: leave the with blocks that use it before removing it")
+                raise RuntimeError(
+                    f"adapter {name!r} is in use: before removing it, leave the with blocks that use it, and "
+                    "select other adapters in fixed batches"
+                )
             del self._slots[name]
             self._trained.pop(name, None)
 
@@ -245,7 +251,7 @@ class AdapterPool:
                   :meth:`add_mix`.
                 - With a list of names, each sample has its own adapter, or the base for None. Sample i is entry i of
                   the first dimension of the batch. The first call of the model with a list runs the base two more
-                  times, to find where the inputs of the layers contain the samples.
+                  times, to find which dimension of each layer's input indexes the samples.
                 - With a :meth:`fixed_batch`, each sample uses the adapter that was selected for it last.
                 - With None, all samples use the base.
 
@@ -272,8 +278,8 @@ class AdapterPool:
         Capture the graph after at least one adapter was added and the model has run once within ``use(batch)``.
         Adapters that are added later can be selected without a new capture. While a fixed batch exists, the pool
         therefore refuses an adapter for which it would need new stacks: an adapter beyond the ``capacity``, with a
-        higher rank or other layers, or one that shares operands between other layers. Call :meth:`release` before
-        adding such an adapter, and capture the graph again afterwards.
+        higher rank or with additional layers, or one that does not share operands between the same layers. Call
+        :meth:`release` before adding such an adapter, and capture the graph again afterwards.
 
         Raises:
             ValueError: ``samples`` is less than 1, or the pool has no adapter.
@@ -335,7 +341,7 @@ class AdapterPool:
             return self.model
 
     def _learn_layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
-        """Find where the inputs of layers contain the samples, before the first call with one adapter per sample."""
+        """Find which dimension of each layer's input indexes the samples, before the first call with a list."""
         if samples < 2 or self._attempts < 1:
             return
         with self._changing:
@@ -399,7 +405,7 @@ class AdapterPool:
 
     @torch.no_grad()
     def _insert(self, name: str, adapted: nn.Module) -> None:
-        """Add an adapter. Every step that can fail comes before the first change."""
+        """Add an adapter. If it does not fit, at most a free row changes, and the pool still serves the others."""
         trained = extras.parameters_of(adapted, adapter_of(adapted).extras)
         parts = _operands(adapted), self._head_layers(adapted), {n: p.detach() for n, p in trained.items()}
         with self._lock:
@@ -436,8 +442,8 @@ class AdapterPool:
         moved = [place for place, stack in stacks.items() if stack is not self._stacks.get(place)]
         if moved and self._fixed:  # so far only a free row has changed
             raise RuntimeError(
-                f"adapter {name!r} needs new stacks ({moved[0][0]!r} first), but graphs captured with a fixed "
-                "batch read the old stacks. Expected an adapter with the layers, ranks and shared operands of an "
+                f"adapter {name!r} needs new stacks (for example for {moved[0][0]!r}), but graphs captured with a "
+                "fixed batch read the old stacks. Expected an adapter with the layers, ranks and shared operands of an "
                 f"earlier one, and at most {self._rows - 1} adapters: create the pool with a larger capacity, add the "
                 "adapter with the largest ranks first, or release the fixed batches and capture the graphs again"
             )

@@ -92,7 +92,7 @@ class JointDelta(PooledDelta):
         parts = self.running.get()
         assert parts is not None
         samples, rows = x.shape[:2]
-        if parts.each is not None:  # one entry per model needs no copy of its factors for every sample
+        if parts.each is not None:  # if each model has equally many samples, treat them as one long sample
             x, slots = x.reshape(len(parts.names), -1, x.shape[-1]), parts.each
         D, G = self.factors()
         if multiplies_plainly(self, self.weight):
@@ -112,7 +112,7 @@ class JointDelta(PooledDelta):
 class Each(nn.Module):
     """Call the module of each model with that model's part of the batch, and concatenate the outputs.
 
-    Outputs whose last dimension differs (heads of several numbers of classes) are padded with zeros.
+    Outputs whose last dimension differs (heads with different numbers of classes) are padded with zeros.
 
     Args:
         running: the parts of the running pass.
@@ -139,7 +139,9 @@ class Each(nn.Module):
         kind = type(next(iter(self.own.values()))).__name__
         place = place_of(x, samples, self.layouts, self.learned, kind)
         if place < 0 or x.shape[place] % samples:
-            raise ValueError(f"{kind}: expected a dimension for {samples} samples, got an input of {list(x.shape)}")
+            raise ValueError(
+                f"{kind}: expected an input in which one dimension indexes the {samples} samples, got {list(x.shape)}"
+            )
         n, length = x.shape[place] // samples, x.shape[place]
         cuts = [size * n for size in parts.sizes]
         leaves, structure = torch.utils._pytree.tree_flatten(((x, *args), kwargs))

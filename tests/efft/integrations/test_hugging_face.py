@@ -1,6 +1,6 @@
-"""Test tiny models of transformers that Trainer trains after ``efft.apply`` or under ``peft``.
+"""Train tiny models of the library transformers with its Trainer, after ``efft.apply`` or under ``peft``.
 
-The adapters are saved and loaded in new processes, which must compute the same logits. Adapters of ``efft.apply`` are
+The adapters are saved. New processes load them and must compute the same logits. Adapters of ``efft.apply`` are
 also exported as LoRA checkpoints, which peft loads without this library.
 """
 
@@ -81,7 +81,7 @@ Results = dict[str, tuple[list[float], Tensor, Tensor, Tensor]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Results]:
-    """Return the results for every model and every way to save it, which is a key of ``WAYS``.
+    """Return the results for every model and every way to train and save it. The ways are the keys of ``WAYS``.
 
     The results are the losses, and the logits before training, after training, and in a new process.
     """

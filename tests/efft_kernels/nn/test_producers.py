@@ -63,6 +63,52 @@ def keep(forward: Any) -> tuple[Tensor, list[tuple[int, ...]]]:
         return forward(), kept
 
 
+class OneAdded(nn.LayerNorm):
+    """A norm like transformers' ``NemotronLayerNorm1P``, which adds 1 to its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class InFp32(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class ChannelsFirst(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.movedim(-1, 1)
+
+
+class Sharper(nn.GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(1.702 * x)
+
+
+class Renamed(nn.GELU):
+    """A subclass without a forward method of its own."""
+
+
+@pytest.mark.parametrize(
+    ("module", "fused"),
+    [(OneAdded(24), False), (InFp32(24), True), (ChannelsFirst(24), False), (Sharper(), False), (Renamed(), True)],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_subclass_is_fused_only_if_it_computes_the_same(module: nn.Module, fused: bool, layer: EfftLinear) -> None:
+    x = torch.randn(2, 24, 24)
+    with torch.no_grad():
+        expected = layer(module(x))
+        assert fuse_producer(module) is fused
+        torch.testing.assert_close(layer(module(x)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_subclass_on_the_meta_device_is_judged_as_well() -> None:
+    assert fuse_producer(InFp32(24, device="meta"))
+    assert not fuse_producer(OneAdded(24, device="meta"))
+
+
 def test_an_adapted_layer_does_both(module: nn.Module, layer: EfftLinear) -> None:
     x = inputs()
     a = module(x)
