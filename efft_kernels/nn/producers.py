@@ -145,13 +145,13 @@ def fuse_producer(module: nn.Module) -> bool:
     return True
 
 
-def _is_plain(module: nn.LayerNorm | nn.GELU) -> bool:
+def _is_plain(module: Any) -> bool:  # a LayerNorm or a GELU
     """Return whether the module computes the formula of its base class.
 
     A subclass with its own forward method may compute something else, such as a LayerNorm that adds 1 to its weight.
     The function therefore calls that method with random numbers in place of the input and of the parameters.
     """
-    base: Any = nn.GELU if isinstance(module, nn.GELU) else nn.LayerNorm
+    base = nn.GELU if isinstance(module, nn.GELU) else nn.LayerNorm
     if type(module).forward is base.forward:
         return True
     generator = torch.Generator().manual_seed(0)
