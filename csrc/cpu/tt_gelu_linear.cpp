@@ -1,5 +1,5 @@
-// Implements efft::tt_gelu_linear_{fwd,bwd}.cpu, which compute a GELU followed by tt_linear. The GELU is computed for
-// one block of tokens at a time.
+// Implements efft::tt_gelu_linear_{fwd,bwd}.cpu: the forward pass of a GELU followed by tt_linear, and its gradients.
+// The GELU is computed for one block of tokens at a time.
 #include "tt_linear.h"
 
 namespace efft {

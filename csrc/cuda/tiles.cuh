@@ -8,8 +8,8 @@
 namespace efft {
 
 // A tile [ROWS, COLUMNS], stored in chunks of 16 bytes. The chunks of each row are permuted, depending on the number of
-// the row. A matrix load (load_matrices) reads the chunks of eight rows that have the same columns. Because of the
-// permutation, these chunks are in different banks.
+// the row. A matrix load (load_matrices) reads one chunk from each of eight rows, all at the same columns. Because of
+// the permutation, these chunks are in different banks.
 template <class T, int ROWS, int COLUMNS>
 struct Tile {
   static constexpr int PER_CHUNK = 16 / sizeof(T);
@@ -41,6 +41,8 @@ __device__ Source<T> source(const Matrix& of, int64_t sample, int64_t rows, int6
 }
 
 // Starts to copy the part of `from` that begins at (row, column) to `tile`. Elements outside of the matrix become zero.
+// All THREADS threads of the block must call this function. The rows of `from` must start at multiples of 16 bytes, and
+// `column` must be a multiple of PER_CHUNK.
 template <int THREADS, class T, int ROWS, int COLUMNS>
 __device__ void fetch(const Tile<T, ROWS, COLUMNS>& tile, const Source<T>& from, int64_t row, int64_t column) {
   constexpr int PER_CHUNK = Tile<T, ROWS, COLUMNS>::PER_CHUNK, CHUNKS = Tile<T, ROWS, COLUMNS>::CHUNKS;
