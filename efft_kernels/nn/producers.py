@@ -139,13 +139,13 @@ def fuse_producer(module: nn.Module) -> bool:
         isinstance(module, nn.GELU) or (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1)
     ):
         return False
-    if not _is_plain(module):
+    if not _computes_like_its_base(module):
         return False
     module.__dict__["forward"] = functools.partial(_forward, module)
     return True
 
 
-def _is_plain(module: Any) -> bool:  # a LayerNorm or a GELU
+def _computes_like_its_base(module: Any) -> bool:  # a LayerNorm or a GELU
     """Return whether the module computes the formula of its base class.
 
     A subclass with its own forward method may compute something else, such as a LayerNorm that adds 1 to its weight.

@@ -54,8 +54,13 @@ def check_unwrapped(model: nn.Module, operation: str) -> None:
     )
 
 
+def holder_kind(module: nn.Module) -> str | None:
+    """Return the name of the known wrapper class that a module belongs to, or None if it is not such a wrapper."""
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _HOLDERS), None)
+
+
 def _is_holder(module: nn.Module) -> bool:
-    return any(kind.__name__ in _HOLDERS for kind in type(module).__mro__)
+    return holder_kind(module) is not None
 
 
 def _around(model: nn.Module) -> nn.Module | None:

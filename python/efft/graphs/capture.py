@@ -16,9 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from efft.adapting.inject import adapted_layers
 from efft.adapting.sharding import is_sharded
-
-#: Names of the classes of wrappers whose work between processes or devices is not captured.
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "DeepSpeedEngine")
+from efft.adapting.wrappers import holder_kind
 
 
 class Graphs(Protocol):
@@ -98,7 +96,7 @@ def device_of(operation: str, model: nn.Module) -> torch.device:
             them.
     """
     for name, module in model.named_modules():
-        wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
+        wrapper = holder_kind(module)
         if wrapper is not None:
             raise ValueError(
                 f"{operation}: expected a model on one GPU, got a {wrapper}, whose communication is not captured: pass "
