@@ -160,17 +160,22 @@ def test_every_op_on_ragged_sizes_on_sm90(library: Path, order: dict[str, str]) 
     assert int(re.search(r"kernels run, (\d+) of them in clusters", done.stdout)[1]) == INSTANCES
 
 
+def names_of_kernels_run(library: Path, **environment: str) -> set[str]:
+    """Run all cases, check that no result is wrong, and return the names of the kernels that ran."""
+    done = ragged(library, **environment, EFFT_EMULATION_LOG="1")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) cases, 0 wrong", done.stdout)[1]) > 350
+    names = symbols(library)
+    return {names[int(place)] for place in re.search(r"kernels: (.*)", done.stdout)[1].split()}
+
+
 @pytest.mark.slow
 @on_hopper
 @HOPPER_ORDERS
 def test_the_second_generation_on_sm90(library: Path, order: dict[str, str]) -> None:
     """All results are correct with the second generation of kernels, and every instance of these kernels runs."""
-    done = ragged(library, **SECOND, **order, EFFT_EMULATION_LOG="1")
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) cases, 0 wrong", done.stdout)[1]) > 350
-    names = symbols(library)
-    run = {names[int(place)] for place in re.search(r"kernels: (.*)", done.stdout)[1].split()}
+    run = names_of_kernels_run(library, **SECOND, **order)
     assert sum("lowrank_gemm_sm90_kernel" in name for name in run) == PRODUCTS_OF_SECOND
     assert sum("reduce_tokens_sm90_kernel" in name for name in run) == SUMS_OF_SECOND
     assert not any("finish_kernel" in name for name in run)
@@ -181,12 +186,7 @@ def test_the_second_generation_on_sm90(library: Path, order: dict[str, str]) -> 
 @HOPPER_ORDERS
 def test_the_third_generation_on_sm90(library: Path, order: dict[str, str]) -> None:
     """All results are correct with the third generation of kernels, and every instance of its product runs."""
-    done = ragged(library, **THIRD, **order, EFFT_EMULATION_LOG="1")
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.search(r"(\d+) cases, 0 wrong", done.stdout)[1]) > 350
-    names = symbols(library)
-    run = {names[int(place)] for place in re.search(r"kernels: (.*)", done.stdout)[1].split()}
+    run = names_of_kernels_run(library, **THIRD, **order)
     assert sum("lowrank_gemm_pingpong_sm90_kernel" in name for name in run) == PRODUCTS_OF_THIRD
     assert sum("reduce_tokens_sm90_kernel" in name for name in run) == SUMS_OF_SECOND
     assert not any("lowrank_gemm_sm90_kernel" in name for name in run)
