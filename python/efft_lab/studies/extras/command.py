@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", choices=sorted(ROLES), default="explore")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--epochs", type=int, help="number of epochs, instead of the number in each setting")
+    parser.add_argument("--batch-size", type=int, default=recipe()["batch_size"])
     parser.add_argument("--drop-path", type=float, default=0.0)
     parser.add_argument(
         "--chosen", type=Path, help="result file; run only the best setting of each family on each task in this file"
@@ -156,6 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=args.device,
         graph=args.graph,
         commit=args.commit,
-        fields={**recipe(), "drop_path": args.drop_path},
+        fields={**recipe(), "batch_size": args.batch_size, "drop_path": args.drop_path},
     )
     return 0
