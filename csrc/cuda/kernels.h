@@ -61,8 +61,19 @@ struct Norm {
   float eps = 0;          // added to the variance
 };
 
+// A GELU that lowrank_gemm applies to its result, element by element. There are two cases:
+// - If z is null, Y is the input of the GELU, and `a` receives its output, the GELU of the rounded Y.
+// - Otherwise, A B + H T is the gradient of the GELU's output, z is its input, and Y receives the gradient of z. If `a`
+//   is not null, it receives the output of the GELU.
+struct GeluOfProduct {
+  Producer which = Producer::none;  // gelu or gelu_tanh; none if the product has no GELU
+  Matrix z;                         // [M, N]
+  Matrix a;                         // [M, N]
+};
+
 // Y = A B + bias + H T. If P is given, the same kernel also computes H = A P. P may be given only if
-// lowrank_gemm_makes_h returns true for the operation.
+// lowrank_gemm_makes_h returns true for the operation. A GELU may be given only if lowrank_gemm_computes_gelu returns
+// true.
 struct LowRankGemm {
   int64_t samples = 1, M = 0, N = 0, K = 0, R = 0;
   Matrix A;                 // [samples, M, K]
@@ -73,10 +84,13 @@ struct LowRankGemm {
   bool transposed = false;  // whether B and T are stored transposed
   Vector bias;              // [N]
   Matrix Y;                 // [samples, M, N]; rows need no alignment
+  GeluOfProduct gelu;
 };
 // Returns whether P should be given: the kernel for `op` can compute H, and this is expected to be faster than a
 // separate launch of `project`. P itself is not read and may still be absent.
 bool lowrank_gemm_makes_h(const LowRankGemm& op);
+// Returns whether the kernel for `op` can apply op.gelu. Only the third generation can.
+bool lowrank_gemm_computes_gelu(const LowRankGemm& op);
 cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream);
 
 // H = A P.
@@ -97,18 +111,19 @@ cudaError_t project(const Project& op, cudaStream_t stream);
 //   the norm.
 struct ReduceTokens {
   int64_t tokens = 0, rank = 0;
-  int64_t d_out = 0;          // 0 if dG is not needed
-  int64_t d_in = 0;           // 0 if dD is not needed
-  Matrix gy;                  // [tokens, d_out], the gradient of the output of the layer
-  Matrix h;                   // [tokens, rank], x D
-  Matrix x;                   // [tokens, d_in], the input of the layer
-  Matrix dh;                  // [tokens, rank], gy G^T
-  void* dG = nullptr;         // [rank, d_out], contiguous
-  void* dD = nullptr;         // [d_in, rank], contiguous
-  Type factors_G{};           // type of dG
-  Type factors_D{};           // type of dD
+  int64_t d_out = 0;   // 0 if dG is not needed
+  int64_t d_in = 0;    // 0 if dD is not needed
+  Matrix gy;           // [tokens, d_out], the gradient of the output of the layer
+  Matrix h;            // [tokens, rank], x D
+  Matrix x;            // [tokens, d_in], the input of the layer
+  Matrix dh;           // [tokens, rank], gy G^T
+  void* dG = nullptr;  // [rank, d_out], contiguous
+  void* dD = nullptr;  // [d_in, rank], contiguous
+  Type factors_G{};    // type of dG
+  Type factors_D{};    // type of dD
+  // These two are used only if reduce_tokens_finishes() is false.
   int64_t splits = 1;         // number of ranges of tokens, from reduce_tokens_splits
-  float* partials = nullptr;  // [splits, rank * d_out + d_in * rank]; not used if reduce_tokens_finishes() is true
+  float* partials = nullptr;  // [splits, rank * d_out + d_in * rank]
 
   int64_t summed_out = 0;  // number of columns of gy to sum; 0 if db is not needed
   float* db = nullptr;     // [summed_out]
@@ -121,13 +136,19 @@ struct ReduceTokens {
   Type type_of_dgamma{};
   Type type_of_dbeta{};
 };
+// The sums of several layers. From the second generation on, one launch computes all of them.
+struct Reductions {
+  static constexpr int MOST = 2;
+  ReduceTokens of[MOST];
+  int count = 0;
+};
 // Returns whether reduce_tokens needs no memory for partial sums, and can compute db, dgamma and dbeta. This is the
 // case from the second generation on.
 bool reduce_tokens_finishes();
 // Returns the number of ranges of tokens with which reduce_tokens fills the GPU. With few tokens, the number is
 // smaller.
 int64_t reduce_tokens_splits(const ReduceTokens& op);
-cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream);
+cudaError_t reduce_tokens(const Reductions& all, cudaStream_t stream);
 
 // out = producer(x).
 struct Produce {

@@ -151,8 +151,17 @@ bool lowrank_gemm_makes_h([[maybe_unused]] const LowRankGemm& op) {
 #endif
 }
 
+bool lowrank_gemm_computes_gelu([[maybe_unused]] const LowRankGemm& op) {
+#ifdef EFFT_SM90
+  return runs_on_sm90(op) && lowrank_gemm_sm90_computes_gelu(op);
+#else
+  return false;
+#endif
+}
+
 cudaError_t lowrank_gemm(const LowRankGemm& op, cudaStream_t stream) {
   if (op.samples * op.M * op.N == 0) return cudaSuccess;
+  if (op.gelu.which != Producer::none && !lowrank_gemm_computes_gelu(op)) return cudaErrorInvalidValue;
 #ifdef EFFT_SM90
   if (runs_on_sm90(op)) return lowrank_gemm_sm90(op, stream);
 #endif

@@ -12,8 +12,15 @@
 // - A group rounds its tile, writes it to a part of shared memory (the staging tile), and starts a bulk copy from
 //   there to Y, which leaves out elements beyond the edges of Y. The groups use the one staging tile in turn: a group
 //   writes it after the copy of the other group's tile has read it.
+//
+// The product can also apply a GELU to its result (GeluOfProduct in kernels.h). A group then reads its rounded tile
+// again from the staging tile, and each thread computes 8 adjacent elements at a time. Their values leave directly from
+// its registers, in stores of 16 bytes that together fill lines of 128 bytes. The sums of the tile need no registers
+// any more. Therefore the GELU needs no additional registers and no second staging tile, and its loop is short. The
+// arithmetic of one group runs while the other group's main loop uses the tensor cores.
 #include <algorithm>
 
+#include "gelu.cuh"
 #include "launch.h"
 #include "lowrank_gemm_sm90.h"
 #include "pipeline_sm90.cuh"  // before headers that use only CUDA, because CuTe must come first
@@ -24,7 +31,7 @@ namespace efft {
 namespace {
 
 // Barriers of the block. At TURN + g, group g waits for its turn in the main loop; at FREE + g it waits until it may
-// write the staging tile; at STAGED + g its threads wait until all of them have written it.
+// write the staging tile; at STAGED + g its threads wait until all of them have written or read it.
 constexpr int TURN = 1, FREE = 3, STAGED = 5;
 constexpr int GROUP_THREADS = 128, WARP_THREADS = 32;
 
@@ -86,6 +93,13 @@ __device__ uint32_t round_pair(float first, float second) {
   return bits;
 }
 
+template <class Out>
+__device__ Pair<float> unpack_pair(uint32_t bits) {
+  Pair<Out> pair;
+  memcpy(&pair, &bits, sizeof pair);
+  return {widen(pair.first), widen(pair.second)};
+}
+
 // Adds the bias to the sums of a tile, rounds them, and writes them to the staging tile, in which 16-byte chunks of a
 // row are exchanged as the tensor map of Y expects. Of every 8 columns, a thread holds 2 adjacent ones in rows r and
 // r + 8.
@@ -123,7 +137,7 @@ __device__ void stage_tile(
   }
 }
 
-// Copies the staging tile to tile (m, n) of Y, and returns when it has been read. One thread calls this.
+// Starts to copy the staging tile to tile (m, n) of Y. One thread calls this.
 template <class P>
 __device__ void store_tile(
     const typename P::CopyY& to, const LowRankGemm& op, int m, int n, typename P::Shared& shared) {
@@ -133,7 +147,80 @@ __device__ void store_tile(
   const auto part = to.get_slice(0);
   copy(to, part.partition_S(y), part.partition_D(tile));
   commit_stores();
-  wait_until_stores_have_read<0>();
+}
+
+// Eight adjacent elements, as pairs. A thread reads or writes them at a time.
+struct alignas(16) Chunk {
+  uint32_t pairs[4];
+};
+
+// Applies the GELU to the staging tile, which contains tile (m, n) of the result. Without BACKWARD, the tile contains
+// the input z of the GELU, and the GELU is written to op.gelu.a. With BACKWARD, the tile contains the gradient of the
+// GELU's output. Then the gradient of z is written to Y, and the GELU of op.gelu.z to op.gelu.a, if that is given.
+template <class P, class Out, bool BACKWARD, bool BY_TANH>
+__device__ void apply_gelu(const LowRankGemm& op, int m, int n, const typename P::Shared& shared) {
+  // The threads of the group read 16 rows of a box at a time. A thread reads this chunk of each of its rows.
+  constexpr int ROWS = GROUP_THREADS / 8, STEPS_OF_BOX = typename P::M{} / ROWS;
+  constexpr int STEPS = STEPS_OF_BOX * typename P::N{} / P::BOX_COLUMNS;
+  // With BACKWARD, a thread reads AHEAD chunks of z before it computes with the AHEAD chunks that it has read before.
+  constexpr int AHEAD = BACKWARD ? 4 : 1;
+  static_assert(STEPS_OF_BOX % AHEAD == 0);
+  const Consumer me = Consumer::me();
+  const int first_row = me.thread / 8, chunk = me.thread % 8;
+  const unsigned char* const staging =
+      reinterpret_cast<const unsigned char*>(shared.y.data()) + first_row * P::ROW_BYTES + (chunk ^ first_row % 8) * 16;
+  const int64_t row = static_cast<int64_t>(m) * typename P::M{} + first_row,
+                column = static_cast<int64_t>(n) * typename P::N{} + chunk * 8;
+  // Returns the place of the chunk of a step in a matrix, or null if the chunk lies outside. N is a multiple of 8.
+  const auto place = [&](const Matrix& of, int step) -> Chunk* {
+    const int64_t r = row + step % STEPS_OF_BOX * ROWS, c = column + step / STEPS_OF_BOX * P::BOX_COLUMNS;
+    return r < op.M && c < op.N ? reinterpret_cast<Chunk*>(static_cast<Out*>(of.data) + r * of.row + c) : nullptr;
+  };
+  Chunk next[AHEAD];
+  const auto read_z = [&](int step) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const Chunk* const from = place(op.gelu.z, step + i);
+      next[i] = from ? *from : Chunk{};
+    }
+  };
+  if constexpr (BACKWARD) read_z(0);
+#pragma unroll 1
+  for (int step = 0; step < STEPS; step += AHEAD) {
+    Chunk z[AHEAD];
+    if constexpr (BACKWARD) {
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) z[i] = next[i];
+      if (step + AHEAD < STEPS) read_z(step + AHEAD);
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      Chunk tile = *reinterpret_cast<const Chunk*>(staging + (step + i) * ROWS * P::ROW_BYTES), a;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const auto [first, second] = unpack_pair<Out>(BACKWARD ? z[i].pairs[j] : tile.pairs[j]);
+        const Gelu one = BY_TANH ? gelu_by_tanh<Out>(first) : gelu_by_erf<Out>(first),
+                   other = BY_TANH ? gelu_by_tanh<Out>(second) : gelu_by_erf<Out>(second);
+        a.pairs[j] = round_pair<Out>(one.value, other.value);
+        const auto [gradient, next_gradient] = unpack_pair<Out>(tile.pairs[j]);
+        if constexpr (BACKWARD) tile.pairs[j] = round_pair<Out>(gradient * one.slope, next_gradient * other.slope);
+      }
+      Chunk* const to_a = place(op.gelu.a, step + i);
+      if (to_a && (!BACKWARD || op.gelu.a.data)) *to_a = a;
+      if constexpr (BACKWARD)
+        if (Chunk* const to_y = place(op.Y, step + i)) *to_y = tile;
+    }
+  }
+}
+
+// Applies op.gelu to the staging tile.
+template <class P, class Out>
+__device__ void apply_gelu(const LowRankGemm& op, int m, int n, const typename P::Shared& shared) {
+  const bool by_tanh = op.gelu.which == Producer::gelu_tanh;
+  if (op.gelu.z.data)
+    by_tanh ? apply_gelu<P, Out, true, true>(op, m, n, shared) : apply_gelu<P, Out, true, false>(op, m, n, shared);
+  else
+    by_tanh ? apply_gelu<P, Out, false, true>(op, m, n, shared) : apply_gelu<P, Out, false, false>(op, m, n, shared);
 }
 
 // The turns in which the tiles are computed. Each pair of blocks computes every stride-th pair of tiles.
@@ -207,7 +294,8 @@ __device__ void join_halves(const uint32_t (&own)[P::HALF], const uint32_t (&oth
   }
 }
 
-// Writes a tile to the staging tile and from there to Y, when it is this group's turn.
+// Writes a tile to the staging tile and from there to Y, when it is this group's turn. Also applies the GELU, if the
+// product has one.
 template <class P, class Out, class Sums>
 __device__ void write_tile(const typename P::CopyY& to, const LowRankGemm& op, const Turns& turns, int tile,
     const Sums& sums, typename P::Shared& shared) {
@@ -218,9 +306,18 @@ __device__ void write_tile(const typename P::CopyY& to, const LowRankGemm& op, c
   stage_tile<P, Out>(op, me, static_cast<uint32_t>(n * typename P::N{}), sums, shared);
   cutlass::arch::fence_view_async_shared();  // makes what this thread wrote visible to the bulk copy
   wait_for_threads(STAGED + me.group, GROUP_THREADS);
-  if (me.warp != 0) return;
+  const bool has_gelu = op.gelu.which != Producer::none;
+  if (me.warp != 0 && !has_gelu) return;
   turns.recomputed().tiles.template place<P>(recompute_from(tile), m, n);
-  if (me.lane == 0) store_tile<P>(to, op, m, n, shared);
+  if (me.warp == 0 && me.lane == 0 && !op.gelu.z.data) store_tile<P>(to, op, m, n, shared);
+  if (has_gelu) {
+    __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
+    apply_gelu<P, Out>(op, m, n, shared);
+    __syncwarp();
+    wait_for_threads(STAGED + me.group, GROUP_THREADS);  // all threads have read the staging tile
+    if (me.warp != 0) return;
+  }
+  if (me.lane == 0) wait_until_stores_have_read<0>();
   __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
   if (!turns.recomputed().is_last(tile)) arrive_for_threads(FREE + me.other(), GROUP_THREADS + WARP_THREADS);
 }

@@ -295,6 +295,13 @@ bool lowrank_gemm_sm90_makes_h(const LowRankGemm& op) {
   return op.R <= MADE_RANKS && pays;
 }
 
+bool lowrank_gemm_sm90_computes_gelu(const LowRankGemm& op) {
+  const auto fits = [&](const Matrix& m) {
+    return !m.data || (m.type == op.A.type && m.row % 8 == 0 && m.row >= op.N);
+  };
+  return generation() >= 3 && fits(op.gelu.z) && fits(op.gelu.a);
+}
+
 bool lowrank_gemm_sm90_takes(const LowRankGemm& op) {
   constexpr int64_t most = int64_t{1} << 31;
   const bool one_type = op.Y.type == op.A.type && (!op.bias.data || op.bias.type == op.A.type);

@@ -12,6 +12,9 @@ constexpr int MADE_RANKS = 32, MADE_BESIDE = 2048;
 
 // Returns whether the kernel should compute H itself, instead of a separate launch of `project`.
 bool lowrank_gemm_sm90_makes_h(const LowRankGemm& op);
+// Returns whether the kernel of the generation that the process uses can apply op.gelu. The kernel of the third
+// generation can, if z and a have the type of the operands and rows of at least N elements.
+bool lowrank_gemm_sm90_computes_gelu(const LowRankGemm& op);
 // Returns whether the kernel can compute this product and has enough tiles to fill the GPU. The kernel needs a single
 // sample, positive K and R, sizes below 2^31, the same 16-bit type for all operands and Y, an N that is a multiple of
 // 8, and aligned rows of Y. The rows of an operand must not overlap.

@@ -4,9 +4,11 @@
 // gradient of the producer's input from the gradient of the output. It also recomputes the output, which therefore need
 // not be saved for the backward pass.
 //
-// The producer is not computed inside the products, because its arithmetic there costs more than a separate pass over
-// memory. On an H100, the sums over tokens took six times as long when they applied a GELU to the values that they
-// read.
+// The producer is not computed where a product reads its operands, because its arithmetic there costs more than a
+// separate pass over memory. On an H100, the sums over tokens took six times as long when they applied a GELU to the
+// values that they read. The reverse is different: lowrank_gemm_pingpong_sm90.cu applies a GELU to a tile that it has
+// computed, while another warp group uses the tensor cores. It then replaces the kernels for the GELU in this file.
+#include "gelu.cuh"
 #include "launch.h"
 #include "tiles.cuh"
 
@@ -15,37 +17,6 @@ namespace efft {
 namespace {
 
 constexpr int WARPS = 4, THREADS = WARPS * 32;
-constexpr float DENSITY_AT_ZERO = 0.3989422804014327f;  // of the standard normal distribution, 1 / sqrt(2 pi)
-constexpr float TANH_SCALE = 1.5957691216057308f;       // 2 sqrt(2 / pi)
-
-// The value of the GELU at one point, and its derivative there.
-struct Gelu {
-  float value, slope;
-};
-
-template <class T>
-__device__ Gelu gelu(float z, Producer which) {
-  if (which == Producer::gelu_tanh) {
-    // s = (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3)
-    const float s = 1.0f / (1.0f + expf(-TANH_SCALE * z * (1.0f + 0.044715f * z * z)));
-    return {z * s, s + z * s * (1.0f - s) * TANH_SCALE * (1.0f + 0.134145f * z * z)};
-  }
-  float cdf, bell;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    cdf = 0.5f * erfcf(-0.7071067811865476f * z);  // 1 + erf(..) would cancel for large negative z
-    bell = expf(-0.5f * z * z);
-  } else {
-    // This is formula 7.1.26 of Abramowitz and Stegun. Its error of at most 1.5e-7 is small compared with the rounding
-    // to 16 bits, and the value and the slope share one exponential.
-    bell = __expf(-0.5f * z * z);
-    const float t = __fdividef(1.0f, 1.0f + 0.23164189f * fabsf(z));
-    const float tail =
-        0.5f * bell * t *
-        (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    cdf = z < 0 ? tail : 1.0f - tail;
-  }
-  return {z * cdf, cdf + z * DENSITY_AT_ZERO * bell};
-}
 
 __device__ float warp_sum(float value) {
 #pragma unroll

@@ -140,17 +140,13 @@ bool reduce_tokens_finishes() {
 }
 
 int64_t reduce_tokens_splits(const ReduceTokens& op) {
-#ifdef EFFT_SM90
-  if (generation() >= 2) return reduce_tokens_splits_sm90(op);
-#endif
   const int64_t wanted = ceil_div(2 * multiprocessors(), std::max<int64_t>(column_blocks(op), 1));
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(ceil_div(op.tokens, 4 * TOKENS<uint16_t>), 1));
 }
 
-cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream) {
-#ifdef EFFT_SM90
-  if (generation() >= 2) return reduce_tokens_sm90(op, stream);
-#endif
+namespace {
+
+cudaError_t reduce_layer(const ReduceTokens& op, cudaStream_t stream) {
   const int64_t size = op.rank * (op.d_out + op.d_in);
   if (size == 0) return cudaSuccess;
   const Type type = op.d_in ? op.dh.type : op.h.type;
@@ -160,6 +156,19 @@ cudaError_t reduce_tokens(const ReduceTokens& op, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(ceil_div(size, FINISH_THREADS)));
   return launch<finish_kernel>(grid, FINISH_THREADS, stream, op);
+}
+
+}  // namespace
+
+cudaError_t reduce_tokens(const Reductions& all, cudaStream_t stream) {
+#ifdef EFFT_SM90
+  if (generation() >= 2) return reduce_tokens_sm90(all, stream);
+#endif
+  for (int i = 0; i < all.count; ++i) {
+    const cudaError_t error = reduce_layer(all.of[i], stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace efft

@@ -1,4 +1,4 @@
-// Computes in one launch all sums over tokens that the backward pass of an adapted layer needs:
+// Computes in one launch all sums over tokens that the backward passes of one or several adapted layers need:
 //
 // - dG = h^T gy and dD = x^T dh are the gradients of the factors D and G. x is the input of the layer, gy is the
 //   gradient of its output, h = x D, and dh = gy G^T.
@@ -223,12 +223,17 @@ struct Groups {
 };
 
 template <class T, int RANKS>
-__global__ void __launch_bounds__(THREADS) reduce_tokens_sm90_kernel(const __grid_constant__ ReduceTokens op) {
+__global__ void __launch_bounds__(THREADS)
+    reduce_tokens_sm90_kernel(const __grid_constant__ Reductions all, const uint32_t splits) {
   start_next_kernel();
   wait_for_kernel_in_front();
-  const Groups groups(op);
-  const auto splits = static_cast<uint32_t>(op.splits);
+  // The clusters for the first layer are followed by those for the next layer. `group` is counted within the layer.
   int64_t group = blockIdx.x / splits;
+  int layer = 0;
+  for (; layer + 1 < all.count && group >= Groups(all.of[layer]).count(); ++layer)
+    group -= Groups(all.of[layer]).count();
+  const ReduceTokens& op = all.of[layer];
+  const Groups groups(op);
   constexpr int64_t whole = TOKENS<T>;
   const int64_t tokens = ((op.tokens + splits - 1) / splits + whole - 1) / whole * whole;
   const int64_t rank = static_cast<int64_t>(blockIdx.y) * RANKS;
@@ -237,6 +242,9 @@ __global__ void __launch_bounds__(THREADS) reduce_tokens_sm90_kernel(const __gri
   range.end = range.begin + tokens < op.tokens ? range.begin + tokens : op.tokens;
   float* const sums = reinterpret_cast<float*>(shared_memory());
   const int ranks = op.rank - rank < RANKS ? static_cast<int>(op.rank - rank) : RANKS;
+  // The layers may have different ranks. `rank` is the same in all blocks of a cluster. Therefore no block returns here
+  // or below while other blocks of its cluster wait for it.
+  if (rank > 0 && rank >= op.rank) return;
 
   if (group < groups.dG) {
     range.column = group * COLUMNS;
@@ -260,8 +268,7 @@ __global__ void __launch_bounds__(THREADS) reduce_tokens_sm90_kernel(const __gri
     });
     return;
   }
-  // The remaining sums do not depend on the rank. Only the clusters for the first ranks compute them. `rank` is the
-  // same in all blocks of a cluster. Therefore no block returns here while other blocks of its cluster wait for it.
+  // The remaining sums do not depend on the rank. Only the clusters for the first ranks compute them.
   if (rank > 0) return;
   group -= groups.dD;
   const bool of_gy = group < groups.db;
@@ -281,34 +288,64 @@ __global__ void __launch_bounds__(THREADS) reduce_tokens_sm90_kernel(const __gri
   }
 }
 
+// Returns the number of groups of 64 columns that the launch processes.
+int64_t count_groups(const Reductions& all) {
+  int64_t count = 0;
+  for (int i = 0; i < all.count; ++i) count += Groups(all.of[i]).count();
+  return count;
+}
+
+// Returns the largest rank of the factors whose gradients are needed, or 0 if none is.
+int64_t largest_rank(const Reductions& all) {
+  int64_t rank = 0;
+  for (int i = 0; i < all.count; ++i)
+    if (all.of[i].d_out || all.of[i].d_in) rank = std::max(rank, all.of[i].rank);
+  return rank;
+}
+
+// Returns the number of ranges of tokens with which the launch fills the GPU. With few tokens, the number is smaller.
+int64_t count_splits(const Reductions& all) {
+  int64_t tokens = 0;
+  for (int i = 0; i < all.count; ++i) tokens = std::max(tokens, all.of[i].tokens);
+  const int64_t fill = ceil_div(2 * multiprocessors(), std::max<int64_t>(count_groups(all), 1));
+  const int64_t most = std::min(MOST_SPLITS, std::max<int64_t>(ceil_div(tokens, LEAST_TOKENS), 1));
+  return std::clamp<int64_t>(fill, 1, most);
+}
+
 template <class T, int RANKS>
-cudaError_t launch_ranks(const ReduceTokens& op, cudaStream_t stream) {
-  const int64_t ranks = std::max<int64_t>(ceil_div(op.d_out || op.d_in ? op.rank : 0, RANKS), 1);
-  const dim3 grid(static_cast<unsigned>(Groups(op).count() * op.splits), static_cast<unsigned>(ranks));
-  const LaunchShape shape{grid, THREADS, static_cast<unsigned>(op.splits), true};
-  return launch<reduce_tokens_sm90_kernel<T, RANKS>, Layout<T, RANKS>::BYTES>(shape, stream, op);
+cudaError_t launch_ranks(const Reductions& all, cudaStream_t stream) {
+  const int64_t ranks = std::max<int64_t>(ceil_div(largest_rank(all), RANKS), 1), splits = count_splits(all);
+  const dim3 grid(static_cast<unsigned>(count_groups(all) * splits), static_cast<unsigned>(ranks));
+  const LaunchShape shape{grid, THREADS, static_cast<unsigned>(splits), true};
+  return launch<reduce_tokens_sm90_kernel<T, RANKS>, Layout<T, RANKS>::BYTES>(
+      shape, stream, all, static_cast<uint32_t>(splits));
 }
 
 template <class T>
-cudaError_t launch_type(const ReduceTokens& op, cudaStream_t stream) {
-  if (op.rank <= 32) return launch_ranks<T, 32>(op, stream);
-  if (op.rank <= 64) return launch_ranks<T, 64>(op, stream);
-  return launch_ranks<T, 128>(op, stream);
+cudaError_t launch_type(const Reductions& all, cudaStream_t stream) {
+  const int64_t rank = largest_rank(all);
+  if (rank <= 32) return launch_ranks<T, 32>(all, stream);
+  if (rank <= 64) return launch_ranks<T, 64>(all, stream);
+  return launch_ranks<T, 128>(all, stream);
+}
+
+// Returns the type of the operands of a layer that needs at least one sum.
+Type type_of(const ReduceTokens& op) {
+  return op.d_in ? op.dh.type : op.d_out ? op.h.type : op.summed_in ? op.da.type : op.gy.type;
 }
 
 }  // namespace
 
-int64_t reduce_tokens_splits_sm90(const ReduceTokens& op) {
-  const int64_t fill = ceil_div(2 * multiprocessors(), std::max<int64_t>(Groups(op).count(), 1));
-  const int64_t most = std::min(MOST_SPLITS, std::max<int64_t>(ceil_div(op.tokens, LEAST_TOKENS), 1));
-  return std::clamp<int64_t>(fill, 1, most);
-}
-
-cudaError_t reduce_tokens_sm90(const ReduceTokens& op, cudaStream_t stream) {
-  if (Groups(op).count() == 0) return cudaSuccess;
-  const Type type = op.d_in ? op.dh.type : op.d_out ? op.h.type : op.summed_in ? op.da.type : op.gy.type;
-  if (type == Type::float32) return launch_type<float>(op, stream);
-  return type == Type::bfloat16 ? launch_type<bf16>(op, stream) : launch_type<fp16>(op, stream);
+cudaError_t reduce_tokens_sm90(const Reductions& all, cudaStream_t stream) {
+  Reductions some;  // the layers that need at least one sum
+  for (int i = 0; i < all.count; ++i)
+    if (Groups(all.of[i]).count() > 0) some.of[some.count++] = all.of[i];
+  if (some.count == 0) return cudaSuccess;
+  const Type type = type_of(some.of[0]);
+  for (int i = 1; i < some.count; ++i)
+    if (type_of(some.of[i]) != type) return cudaErrorInvalidValue;
+  if (type == Type::float32) return launch_type<float>(some, stream);
+  return type == Type::bfloat16 ? launch_type<bf16>(some, stream) : launch_type<fp16>(some, stream);
 }
 
 }  // namespace efft

@@ -5,21 +5,15 @@ namespace efft {
 
 namespace {
 
-LayerProducer producer_of(const std::string& approximate) {
-  LayerProducer of;
-  of.kind = approximate == "tanh" ? Producer::gelu_tanh : Producer::gelu;
-  return of;
-}
-
 Linear tt_gelu_linear_fwd(Tensor z, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G, std::string approximate) {
-  return linear_forward(z, producer_of(approximate), W, b, D, G);
+  return linear_forward(z, gelu_producer(approximate), W, b, D, G);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tt_gelu_linear_bwd(Tensor gy, Tensor z, std::optional<Tensor> W,
     std::optional<Tensor> h, Tensor D, Tensor G, std::string approximate, bool need_dz, bool need_dD, bool need_dG,
     bool need_db) {
   const Needs need{need_dz, need_dD, need_dG, need_db};
-  const LinearBackward grads = linear_backward(gy, z, producer_of(approximate), W, h, D, G, need);
+  const LinearBackward grads = linear_backward(gy, z, gelu_producer(approximate), W, h, D, G, need);
   return {grads.dx, grads.dD, grads.dG, grads.db};
 }
 

@@ -1,5 +1,5 @@
-// Implements efft::tt_linear_{fwd,bwd}.cuda, and the functions that this op shares with tt_gelu_linear and
-// tt_norm_linear. These two include a producer, the GELU or layer norm that runs directly before the layer.
+// Implements efft::tt_linear_{fwd,bwd}.cuda, and the functions that this op shares with tt_gelu_linear, tt_norm_linear
+// and tt_mlp. These include a producer, the GELU or layer norm that runs directly before the layer.
 //
 // The forward pass launches the kernel of the producer, whose output is a (without a producer, a is x). Then it
 // computes h = a D and y = a W^T + b + h G. Either one kernel computes both, or a separate kernel computes h first. The
@@ -7,6 +7,9 @@
 // backward kernel of the producer, and finally calls reduce_tokens for dG and dD. If the bias or the norm is trained,
 // torch computes the gradients of their parameters, which are sums over the tokens. The second generation of kernels,
 // which EFFT_SM90_GENERATION=2 selects on compute capability 9.0, computes these gradients in reduce_tokens instead.
+// The third generation does so, too. Its products can also apply a GELU to their results, so that the separate kernels
+// for it are not needed: in the forward pass of the layer before the GELU, and in the backward pass of the layer after
+// it.
 #include "tt_linear.h"
 
 #include <array>
@@ -73,7 +76,7 @@ Tensor standardized(const Tensor& x, const LayerProducer& producer) {
 }  // namespace
 
 Linear linear_forward(const Tensor& x_, const LayerProducer& producer, const Tensor& W, const std::optional<Tensor>& b_,
-    const Tensor& D, const Tensor& G) {
+    const Tensor& D, const Tensor& G, GeluAfterLayer* gelu) {
   const Launches launches(x_);
   const ScalarType type = W.scalar_type();
   const std::optional<Tensor> b = whole(b_), gamma = whole(producer.gamma), beta = whole(producer.beta);
@@ -108,6 +111,15 @@ Linear linear_forward(const Tensor& x_, const LayerProducer& producer, const Ten
   product.transposed = right.is_transposed;
   product.bias = vector_of(b);
   product.Y = matrix(y);
+  if (gelu) {
+    product.gelu.which = gelu->kind;
+    if (lowrank_gemm_computes_gelu(product)) {
+      gelu->output = empty(W, {tokens, W.size(0)});
+      product.gelu.a = matrix(*gelu->output);
+    } else {
+      product.gelu.which = Producer::none;
+    }
+  }
   if (lowrank_gemm_makes_h(product)) {
     product.P = matrix(P);
   } else {
@@ -119,7 +131,7 @@ Linear linear_forward(const Tensor& x_, const LayerProducer& producer, const Ten
 
 LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x_, const LayerProducer& producer,
     const std::optional<Tensor>& W, const std::optional<Tensor>& h_, const Tensor& D, const Tensor& G,
-    const Needs& need) {
+    const Needs& need, TokenSums* later) {
   const bool need_da = need.dx || need.dgamma || need.dbeta;
   const Launches launches(gy_);
   const ScalarType type = gy_.scalar_type();
@@ -133,10 +145,13 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const Tensor dh = empty_rows(gy, {need_da || need.dD ? tokens : 0}, rank, type);
   const Tensor P = need_da || need.dD ? with_aligned_rows(G, type, launches) : G;
 
-  // da is the gradient of the input a of the products. Without a producer, a is x and da is dx.
+  // a is the input of the products, and da is its gradient. Without a producer, a is x and da is dx. If the product
+  // also computes the backward pass of a GELU, da is not written, and the product writes dx and a instead.
   const bool plain = producer.kind == Producer::none;
   const Tensor dx = need.dx ? empty(like_x, {tokens, d_in}) : empty(like_x, {0});
-  const Tensor da = plain || !need_da ? dx : empty_rows(gy, {tokens}, d_in, type);
+  Tensor a = x, da = dx;
+  bool has_gelu = false;
+  if (!plain && need.dD) a = empty_rows(gy, {tokens}, d_in, type);
   if (need_da) {
     const Right right(*W, launches);
     const Tensor tail = right.tail(transposed(D), launches);
@@ -150,7 +165,16 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     product.H = matrix(dh);
     product.T = matrix(tail);
     product.transposed = right.is_transposed;
-    product.Y = matrix(da);
+    if (!plain && producer.kind != Producer::norm) {
+      product.Y = matrix(dx);
+      product.gelu = {producer.kind, matrix(x), need.dD ? matrix(a) : Matrix{}};
+      has_gelu = lowrank_gemm_computes_gelu(product);
+    }
+    if (!has_gelu) {
+      if (!plain) da = empty_rows(gy, {tokens}, d_in, type);
+      product.Y = matrix(da);
+      product.gelu = {};
+    }
     if (lowrank_gemm_makes_h(product))
       product.P = matrix(P);
     else
@@ -159,8 +183,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   } else if (need.dD) {
     make_h(dh, gy, P, launches);
   }
-  const Tensor a = plain || !need.dD ? x : empty_rows(gy, {tokens}, d_in, type);
-  if (!plain && (need.dx || need.dD)) {
+  if (!plain && !has_gelu && (need.dx || need.dD)) {
     ProduceBackward op;
     op.rows = tokens;
     op.columns = d_in;
@@ -217,10 +240,19 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     sums.type_of_dgamma = type_of(dgamma);
     sums.type_of_dbeta = type_of(dbeta);
   }
-  sums.splits = reduce_tokens_splits(sums);
-  const Tensor partials = empty(gy, {finishes ? 0 : sums.splits * rank * (sums.d_out + sums.d_in)}, ScalarType::Float);
-  sums.partials = static_cast<float*>(partials.data_ptr());
-  check(reduce_tokens(sums, launches.stream()));
+  Tensor partials = dh;
+  if (!finishes) {
+    sums.splits = reduce_tokens_splits(sums);
+    partials = empty(gy, {sums.splits * rank * (sums.d_out + sums.d_in)}, ScalarType::Float);
+    sums.partials = static_cast<float*>(partials.data_ptr());
+  }
+  TokenSums now;
+  TokenSums& of = later ? *later : now;
+  of.all.of[of.all.count++] = sums;
+  if (later)
+    for (const Tensor& t : {gy, x, a, da, h, dh, partials}) later->operands.push_back(t);
+  else
+    now.launch(launches);
   if (!finishes) {
     if (need.db) db = sum_of_rows(gy, ScalarType::Float);
     if (need.dgamma) dgamma = sum_of_rows(multiplied(da, standardized(*x_, producer)), producer.gamma->scalar_type());

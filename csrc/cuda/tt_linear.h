@@ -1,10 +1,11 @@
-// Declares the functions of the torch binding that the ops tt_linear, tt_gelu_linear and tt_norm_linear share. The
-// latter two ops include the producer of the layer, the GELU or layer norm that runs directly before it. The file also
+// Declares the functions of the torch binding that the ops tt_linear, tt_gelu_linear, tt_norm_linear and tt_mlp share.
+// All but the first include the producer of a layer, the GELU or layer norm that runs directly before it. The file also
 // defines the struct Right, which prepares the right operands of products.
 #pragma once
 
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "tensors.h"
 
@@ -29,6 +30,27 @@ struct LayerProducer {
   std::optional<Tensor> mean, rstd;
 };
 
+inline LayerProducer gelu_producer(const std::string& approximate) {
+  LayerProducer gelu;
+  gelu.kind = approximate == "tanh" ? Producer::gelu_tanh : Producer::gelu;
+  return gelu;
+}
+
+// A GELU that runs directly after a layer. If the kernel that computes the layer's output can also compute the GELU,
+// `output` receives the GELU of the output, in the same shape and type. Otherwise `output` remains empty.
+struct GeluAfterLayer {
+  Producer kind;
+  std::optional<Tensor> output;
+};
+
+// The sums over tokens of one or several layers, which are launched together. The tensors are kept until then.
+struct TokenSums {
+  Reductions all;
+  std::vector<Tensor> operands;
+
+  void launch(const Launches& launches) const { check(reduce_tokens(all, launches.stream())); }
+};
+
 // The right operand [K, N] of a product. If the given tensor has aligned rows, it is used as it is. Otherwise its
 // transpose [N, K] is used, and copied if its rows are not aligned either.
 struct Right {
@@ -46,11 +68,13 @@ struct Right {
   }
 };
 
+// If `gelu` is given, the function may also compute the GELU that runs after the layer.
 Linear linear_forward(const Tensor& x, const LayerProducer& producer, const Tensor& W, const std::optional<Tensor>& b,
-    const Tensor& D, const Tensor& G);
+    const Tensor& D, const Tensor& G, GeluAfterLayer* gelu = nullptr);
 
+// If `later` is given, the sums over tokens are added to it and are not computed until the caller launches them.
 LinearBackward linear_backward(const Tensor& gy, const std::optional<Tensor>& x, const LayerProducer& producer,
-    const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G,
-    const Needs& need);
+    const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G, const Needs& need,
+    TokenSums* later = nullptr);
 
 }  // namespace efft
