@@ -80,10 +80,6 @@ __device__ inline int recompute_from(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
-__device__ inline int64_t recompute_from(int64_t value) {
-  asm volatile("" : "+l"(value));
-  return value;
-}
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // Prefetches a tensor map into the cache for tensor maps. No earlier kernel may still be writing the map.

@@ -205,8 +205,8 @@ __device__ void apply_gelu(const LowRankGemm& op, int m, int n, const typename P
         const auto [gradient, next_gradient] = unpack_pair<Out>(tile.pairs[j]);
         if constexpr (BACKWARD) tile.pairs[j] = round_pair<Out>(gradient * one.slope, next_gradient * other.slope);
       }
-      Chunk* const to_a = place(op.gelu.a, step + i);
-      if (to_a && (!BACKWARD || op.gelu.a.data)) *to_a = a;
+      if (!BACKWARD || op.gelu.a.data)
+        if (Chunk* const to_a = place(op.gelu.a, step + i)) *to_a = a;
       if constexpr (BACKWARD)
         if (Chunk* const to_y = place(op.Y, step + i)) *to_y = tile;
     }

@@ -249,10 +249,12 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   TokenSums now;
   TokenSums& of = later ? *later : now;
   of.all.of[of.all.count++] = sums;
-  if (later)
-    for (const Tensor& t : {gy, x, a, da, h, dh, partials}) later->operands.push_back(t);
-  else
+  if (later) {
+    launches.stream();  // launches the copies of operands, which a later launch will read
+    later->operands.insert(later->operands.end(), {gy, x, a, da, h, dh, partials});
+  } else {
     now.launch(launches);
+  }
   if (!finishes) {
     if (need.db) db = sum_of_rows(gy, ScalarType::Float);
     if (need.dgamma) dgamma = sum_of_rows(multiplied(da, standardized(*x_, producer)), producer.gamma->scalar_type());

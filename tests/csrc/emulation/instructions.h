@@ -158,9 +158,6 @@ inline uint32_t read_thread_index() {
 inline int recompute_from(int value) {
   return value;
 }
-inline int64_t recompute_from(int64_t value) {
-  return value;
-}
 inline void prefetch_tensor_map(const void* map) {
   emulation::check_map(map);
 }

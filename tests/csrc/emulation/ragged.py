@@ -43,6 +43,14 @@ TILES = (
     *((260, 192, 72, 40), (260, 256, 200, 9)),
     *((256, 520, 512, 5), (256, 520, 512, 24)),
 )
+#: Values of (tokens, d_in, d_hidden, rank) for mlp_tile_cases. The third generation of kernels computes the GELU in the
+#: product of width d_hidden. The product computes h in the first two lines, with many and with few columns, and reads h
+#: in the third line. In each line, the first case has tiles of 128 x 192 and the second one tiles of 128 x 128.
+MLP_TILES = (
+    *((300, 200, 376, 24), (300, 200, 248, 24)),
+    *((300, 200, 376, 5), (390, 200, 248, 5)),
+    *((520, 200, 184, 40), (300, 200, 120, 40)),
+)
 #: Name of the case, results of the ops, exact results, dtype of the activations, and norms of terms. If a result is a
 #: sum whose terms may cancel, the last dictionary contains the norm of these terms.
 Case = tuple[str, dict[str, Tensor], dict[str, Tensor], torch.dtype, dict[str, float]]
@@ -123,6 +131,85 @@ def tile_cases(dtype: torch.dtype) -> Iterator[Case]:
     infinite[3] = 1
     exact = {"y": infinite.expand(9, 72), "h": infinite.expand(9, 5)}
     yield f"infinite {dtype}", {"y": y.isinf().to(dtype), "h": h.isinf().to(dtype)}, exact, dtype, {}
+
+
+def mlp_case(
+    name: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, norm: bool, approximate: str, transposed: bool
+) -> Case:
+    """Run the forward and backward passes of tt_mlp.
+
+    Args:
+        name: name of the case.
+        sizes: tokens, d_in (also the width of the output), d_hidden and the rank of the second layer.
+        dtype: dtype of the activations and weights.
+        norm: whether the MLP begins with a norm.
+        approximate: the kind of GELU.
+        transposed: whether the weights are stored by columns. In this case, dD2 is not needed, so that the kernels need
+            not compute the output of the GELU in the backward pass.
+    """
+    tokens, d_in, d_hidden, rank = sizes
+    x, gy = random(tokens, d_in, dtype=dtype), random(tokens, d_in, dtype=dtype)
+    W1, b1 = random(d_hidden, d_in, dtype=dtype, scale=d_in**-0.5), random(d_hidden, dtype=dtype)
+    W2, b2 = random(d_in, d_hidden, dtype=dtype, scale=d_hidden**-0.5), random(d_in, dtype=dtype)
+    if transposed:
+        W1, W2 = (W.t().contiguous().t() for W in (W1, W2))
+    D1, G1 = random(d_in, rank, dtype=dtype, scale=d_in**-0.5), random(rank, d_hidden, dtype=dtype)
+    D2, G2 = random(d_hidden, 3, dtype=dtype, scale=d_hidden**-0.5), random(3, d_in, dtype=dtype)
+    D2, G2 = (D2, G2) if norm else (D2.repeat(1, rank)[:, :rank], G2.repeat(rank, 1)[:rank])
+    gamma, beta = 1 + random(d_in, dtype=dtype, scale=0.3), random(d_in, dtype=dtype)
+    own = (gamma, beta, 1e-5) if norm else (None, None, None)
+    y, z, h1, h2, *statistics = torch.ops.efft.tt_mlp_fwd.cuda(x, *own, W1, b1, D1, G1, W2, b2, D2, G2, approximate)
+    names = ("dx", "dD1", "dG1", "db1", "dD2", "dG2", "db2", "dgamma", "dbeta")
+    need = [not (name == "dD2" and transposed or name in ("dgamma", "dbeta") and not norm) for name in names]
+    grads = torch.ops.efft.tt_mlp_bwd.cuda(
+        gy, x, z, *own, *statistics, W1, W2, h1, h2, D1, G1, D2, G2, approximate, *need
+    )
+    got = {"y": y, "z": z, "h1": h1, "h2": h2}
+    got |= {name: grad for name, grad, needed in zip(names, grads, need, strict=True) if needed}
+
+    at, w = x.double().requires_grad_(), [t.double() for t in (W1, D1, G1, W2, D2, G2)]
+    n = F.layer_norm(at, (d_in,), gamma.double(), beta.double()) if norm else at * 1
+    a1 = rounded(n, dtype)
+    h1_ = rounded(a1 @ w[1], dtype)
+    exact = {"z": a1 @ w[0].t() + b1.double() + h1_ @ w[2], "h1": h1_}
+    z_ = z.double().requires_grad_()  # the op rounds z, and the GELU is that of the rounded z
+    out = F.gelu(z_, approximate=approximate)
+    a2 = rounded(out, dtype)
+    h2_, dh2 = rounded(a2 @ w[4], dtype), rounded(gy.double() @ w[5].t(), dtype)
+    exact |= {"y": a2 @ w[3].t() + b2.double() + h2_ @ w[5], "h2": h2_}
+    (dz,) = torch.autograd.grad(out, z_, rounded(gy.double() @ w[3] + dh2 @ w[4].t(), dtype))
+    dz = rounded(dz, dtype)
+    dh1 = rounded(dz @ w[2].t(), dtype)
+    dn = dz @ w[0] + dh1 @ w[1].t()
+    dn = rounded(dn, dtype) if norm else dn
+    exact |= {"dx": torch.autograd.grad(n, at, dn)[0], "dD1": a1.t() @ dh1, "dG1": h1_.t() @ dz, "db1": dz.sum(0)}
+    exact |= {"dD2": a2.t() @ dh2, "dG2": h2_.t() @ gy.double(), "db2": gy.double().sum(0)}
+    exact |= {"dgamma": (dn * F.layer_norm(x.double(), (d_in,))).sum(0), "dbeta": dn.sum(0)}
+    terms = {"db1": dz.norm().item(), "db2": gy.double().norm().item()}
+    terms |= {"h1": (a1.abs() @ w[1].abs()).norm().item(), "h2": (a2.abs() @ w[4].abs()).norm().item()}
+    terms |= {"dG1": (h1_.abs().t() @ dz.abs()).norm().item(), "dG2": (h2_.abs().t() @ gy.double().abs()).norm().item()}
+    terms |= {"dgamma": dn.norm().item(), "dbeta": dn.norm().item()}
+    if x.device.type == "cpu":  # in the emulator, the separate kernels for the GELU compute exactly the same numbers
+        same, _ = torch.ops.efft.tt_gelu_linear_fwd.cuda(z, W2, b2, D2, G2, approximate)
+        found, expected = (
+            torch.ops.efft.tt_gelu_linear_bwd.cuda(gy, at, W2, None, D2, G2, approximate, True, False, False, False)[0]
+            for at in (z, z.float())
+        )
+        different = (y != same).double().sum(), (found != expected.to(dtype)).double().sum()
+        got |= {"different y": different[0], "different dz": different[1]}
+        exact |= {name: torch.zeros((), dtype=torch.float64) for name in ("different y", "different dz")}
+    return f"{name} {sizes} {dtype} {norm} {approximate} {transposed}", got, exact, dtype, terms
+
+
+def mlp_cases() -> Iterator[Case]:
+    for i, (sizes, dtype, norm) in enumerate(itertools.product(SIZES, DTYPES, (False, True))):
+        yield mlp_case("mlp", sizes, dtype, norm, ("none", "tanh")[i % 3 % 2], transposed=False)
+
+
+def mlp_tile_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Use several tiles in each dimension, and the GELU in each instance of the product of the third generation."""
+    for i, (sizes, transposed) in enumerate(itertools.product(MLP_TILES, (False, True))):
+        yield mlp_case("mlp tiles", sizes, dtype, i % 4 < 2, ("none", "tanh")[i // 2 % 2 ^ transposed], transposed)
 
 
 def sum_cases() -> Iterator[Case]:
@@ -218,6 +305,9 @@ FAMILIES = {
     "norm": lambda: linear_cases("norm"),
     "tiles bfloat16": lambda: tile_cases(torch.bfloat16),
     "tiles float16": lambda: tile_cases(torch.float16),
+    "mlp": mlp_cases,
+    "mlp tiles bfloat16": lambda: mlp_tile_cases(torch.bfloat16),
+    "mlp tiles float16": lambda: mlp_tile_cases(torch.float16),
     "sums": sum_cases,
     "update": update_cases,
     "grouped": grouped_cases,
