@@ -55,7 +55,7 @@ LAYERS = {"qkv": (768, 2304), "o": (768, 768), "fc1": (768, 3072), "fc2": (3072,
 PASSES = ("fwd", "bwd")
 TOKENS, RANK = 64 * 197, 32
 
-_PROCESSORS = 132  # multiprocessors of an H100 or H200
+PROCESSORS = 132  # multiprocessors of an H100 or H200
 _DEPTH, _TILE = 64, 192  # the size along k of one iteration of the main loop, and the number of columns of a tile
 # From lowrank_gemm_sm90.h: a product also computes h if h and the output have at most these numbers of columns.
 _MADE_RANKS, _MADE_BESIDE = 32, 2048
@@ -94,7 +94,7 @@ class Launch:
     beside: float = 0.0
 
 
-def launches(of: Sizes, direction: str, steps: Collection[str] = (), processors: int = _PROCESSORS) -> list[Launch]:
+def launches(of: Sizes, direction: str, steps: Collection[str] = (), processors: int = PROCESSORS) -> list[Launch]:
     """Return the kernels of one call of ``tt_linear`` in the order of their launches.
 
     Args:
@@ -208,11 +208,11 @@ def predict(by: Constants, floor: dict[Key, float], steps: Collection[str] = ())
     found = {}
     for layer, direction in floor:
         of = launches(Sizes(TOKENS, *LAYERS[layer], RANK), direction, steps)
-        found[layer, direction] = sum(_with(steps, layer, launch, floor[layer, direction], by) for launch in of)
+        found[layer, direction] = sum(time_with(steps, layer, launch, floor[layer, direction], by) for launch in of)
     return found
 
 
-def _with(steps: Collection[str], layer: str, launch: Launch, floor: float, by: Constants) -> float:
+def time_with(steps: Collection[str], layer: str, launch: Launch, floor: float, by: Constants) -> float:
     """Return the microseconds of one kernel with the given changes.
 
     This function applies the changes C, D, F, G and H. The changes A, B and E are already in ``launch``.
@@ -277,6 +277,8 @@ def by_gpu() -> dict[str, list[Run]]:
 
 def render() -> str:
     """Return the text of benchmarks/results/steps.md: the fitted constants, the predictions and the counts."""
+    from benchmarks import steps_mlp  # imports this module
+
     groups = by_gpu()
     fitted = {gpu: fit(of) for gpu, of in groups.items()}
     rows = []
@@ -310,6 +312,7 @@ def render() -> str:
         contained = f" ({', '.join(of)})" if of else ""
         rows.append([f"{name} generation{contained}", *_counted(of), *(f"{ratio(gpu, of):.2f}" for gpu in last)])
     parts.append(table(["kernels", "launches", "MB", *(f"block on {gpu}" for gpu in last)], rows))
+    parts.append(steps_mlp.render(last))
     return _PAGE.format(*parts, tokens=TOKENS, rank=RANK)
 
 
@@ -352,6 +355,21 @@ The second and the third generation consist of kernels with the steps in parenth
 `tests/csrc/test_emulated.py` counts the same launches and bytes in the emulator.
 
 {2}
+
+## The MLP as one op (modeled, not measured)
+
+The MLP of the block consists of a layer norm with frozen parameters, fc1, a GELU and fc2. The columns "MLP" contain the
+time of its forward and backward passes, divided by the time of its frozen baseline. This baseline consists of the
+recorded medians for fc1 and fc2 and of a modeled time for torch's norm and GELU. No run has recorded this modeled time:
+it is a launch time for each kernel, and the time in which the bytes of the kernel move at the fitted bandwidth. "MB"
+counts the bytes of all kernels of the adapted MLP. The kernels of the norm and the GELU are included in all columns.
+
+In the third generation, the products next to the GELU also compute the GELU. The model assumes that the arithmetic of
+the GELU takes no time, because the other warp group multiplies meanwhile. Such a product takes at least the time in
+which its bytes move at the fitted bandwidth. From the second generation on, `tt_mlp` launches the reductions of both
+layers together (step F within the MLP).
+
+{3}
 """
 
 

@@ -40,6 +40,20 @@ __device__ inline fp16 narrow(float value) {
   return __float2half_rn(value);
 }
 
+// Returns 2^x with a relative error of about 2^-22. Results that are not normal numbers become zero.
+__device__ inline float fast_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(power) : "f"(x));
+  return power;
+}
+
+// Returns 1 / x with a relative error of about 2^-23. Results that are not normal numbers become zero.
+__device__ inline float fast_reciprocal(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(inverse) : "f"(x));
+  return inverse;
+}
+
 // Returns the dynamic shared memory of the block. It is aligned to 1024 bytes, because tensor copies (TMA) need this
 // for swizzled tiles.
 __device__ inline unsigned char* shared_memory() {
@@ -78,6 +92,10 @@ __device__ inline uint32_t read_thread_index() {
 // Returns the value. The compiler does not compute values that depend on the result before this call.
 __device__ inline int recompute_from(int value) {
   asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ inline int64_t recompute_from(int64_t value) {
+  asm volatile("" : "+l"(value));
   return value;
 }
 

@@ -154,48 +154,71 @@ struct alignas(16) Chunk {
   uint32_t pairs[4];
 };
 
+// The chunks of a tile of a matrix that a thread reads or writes. They are ROWS rows apart, in one box after the other.
+template <class P>
+struct Chunks {
+  static constexpr int ROWS = GROUP_THREADS / 8, STEPS_OF_BOX = typename P::M{} / ROWS;
+  static constexpr int STEPS = STEPS_OF_BOX * typename P::N{} / P::BOX_COLUMNS;
+
+  Chunk* at;     // the next chunk
+  int64_t down;  // distance to the chunk ROWS rows below
+
+  template <class Out>
+  __device__ static Chunks from(const Matrix& of, int64_t row, int64_t column) {
+    const int64_t stride = recompute_from(of.row);
+    return {reinterpret_cast<Chunk*>(static_cast<Out*>(of.data) + row * stride + column), stride / 8 * ROWS};
+  }
+  // Moves past `count` chunks of one box, of which `step` is the number of the first.
+  __device__ void skip(int step, int count) {
+    at += count * down;
+    if ((step + count) % STEPS_OF_BOX == 0) at += P::BOX_COLUMNS / 8 - STEPS_OF_BOX * down;
+  }
+};
+
 // Applies the GELU to the staging tile, which contains tile (m, n) of the result. Without BACKWARD, the tile contains
 // the input z of the GELU, and the GELU is written to op.gelu.a. With BACKWARD, the tile contains the gradient of the
 // GELU's output. Then the gradient of z is written to Y, and the GELU of op.gelu.z to op.gelu.a, if that is given.
 template <class P, class Out, bool BACKWARD, bool BY_TANH>
 __device__ void apply_gelu(const LowRankGemm& op, int m, int n, const typename P::Shared& shared) {
-  // The threads of the group read 16 rows of a box at a time. A thread reads this chunk of each of its rows.
-  constexpr int ROWS = GROUP_THREADS / 8, STEPS_OF_BOX = typename P::M{} / ROWS;
-  constexpr int STEPS = STEPS_OF_BOX * typename P::N{} / P::BOX_COLUMNS;
+  using Places = Chunks<P>;
   // With BACKWARD, a thread reads AHEAD chunks of z before it computes with the AHEAD chunks that it has read before.
   constexpr int AHEAD = BACKWARD ? 4 : 1;
-  static_assert(STEPS_OF_BOX % AHEAD == 0);
+  static_assert(Places::STEPS_OF_BOX % AHEAD == 0);
   const Consumer me = Consumer::me();
-  const int first_row = me.thread / 8, chunk = me.thread % 8;
+  const int first_row = me.thread / 8, chunk = me.thread % 8;  // 8 threads read the 128 bytes of a row
   const unsigned char* const staging =
       reinterpret_cast<const unsigned char*>(shared.y.data()) + first_row * P::ROW_BYTES + (chunk ^ first_row % 8) * 16;
   const int64_t row = static_cast<int64_t>(m) * typename P::M{} + first_row,
                 column = static_cast<int64_t>(n) * typename P::N{} + chunk * 8;
-  // Returns the place of the chunk of a step in a matrix, or null if the chunk lies outside. N is a multiple of 8.
-  const auto place = [&](const Matrix& of, int step) -> Chunk* {
-    const int64_t r = row + step % STEPS_OF_BOX * ROWS, c = column + step / STEPS_OF_BOX * P::BOX_COLUMNS;
-    return r < op.M && c < op.N ? reinterpret_cast<Chunk*>(static_cast<Out*>(of.data) + r * of.row + c) : nullptr;
+  // The numbers of rows and columns of the matrices from there on, up to the size of a tile. N is a multiple of 8.
+  const int rows = static_cast<int>(min(op.M - row, int64_t{typename P::M{}})),
+            columns = static_cast<int>(min(op.N - column, int64_t{typename P::N{}}));
+  const auto exists = [&](int step, int i) {
+    return (step % Places::STEPS_OF_BOX + i) * Places::ROWS < rows &&
+           step / Places::STEPS_OF_BOX * P::BOX_COLUMNS < columns;
   };
+  const bool writes_a = !BACKWARD || op.gelu.a.data;
+  Places to_y = Places::template from<Out>(op.Y, row, column),
+         to_a = Places::template from<Out>(writes_a ? op.gelu.a : op.Y, row, column),
+         from_z = BACKWARD ? Places::template from<Out>(op.gelu.z, row, column) : to_y;
   Chunk next[AHEAD];
   const auto read_z = [&](int step) {
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      const Chunk* const from = place(op.gelu.z, step + i);
-      next[i] = from ? *from : Chunk{};
-    }
+    for (int i = 0; i < AHEAD; ++i) next[i] = exists(step, i) ? from_z.at[i * from_z.down] : Chunk{};
+    from_z.skip(step, AHEAD);
   };
   if constexpr (BACKWARD) read_z(0);
 #pragma unroll 1
-  for (int step = 0; step < STEPS; step += AHEAD) {
+  for (int step = 0; step < Places::STEPS; step += AHEAD) {
     Chunk z[AHEAD];
     if constexpr (BACKWARD) {
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) z[i] = next[i];
-      if (step + AHEAD < STEPS) read_z(step + AHEAD);
+      if (step + AHEAD < Places::STEPS) read_z(step + AHEAD);
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
-      Chunk tile = *reinterpret_cast<const Chunk*>(staging + (step + i) * ROWS * P::ROW_BYTES), a;
+      Chunk tile = *reinterpret_cast<const Chunk*>(staging + (step + i) * Places::ROWS * P::ROW_BYTES), a;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const auto [first, second] = unpack_pair<Out>(BACKWARD ? z[i].pairs[j] : tile.pairs[j]);
@@ -205,11 +228,12 @@ __device__ void apply_gelu(const LowRankGemm& op, int m, int n, const typename P
         const auto [gradient, next_gradient] = unpack_pair<Out>(tile.pairs[j]);
         if constexpr (BACKWARD) tile.pairs[j] = round_pair<Out>(gradient * one.slope, next_gradient * other.slope);
       }
-      if (!BACKWARD || op.gelu.a.data)
-        if (Chunk* const to_a = place(op.gelu.a, step + i)) *to_a = a;
-      if constexpr (BACKWARD)
-        if (Chunk* const to_y = place(op.Y, step + i)) *to_y = tile;
+      if (!exists(step, i)) continue;
+      if (writes_a) to_a.at[i * to_a.down] = a;
+      if constexpr (BACKWARD) to_y.at[i * to_y.down] = tile;
     }
+    to_a.skip(step, AHEAD);
+    to_y.skip(step, AHEAD);
   }
 }
 
@@ -294,8 +318,30 @@ __device__ void join_halves(const uint32_t (&own)[P::HALF], const uint32_t (&oth
   }
 }
 
-// Writes a tile to the staging tile and from there to Y, when it is this group's turn. Also applies the GELU, if the
-// product has one.
+// Copies the staging tile, which the group has written, to Y, and applies the GELU if the product has one. Then the
+// other group may write the staging tile.
+template <class P, class Out>
+__device__ void finish_tile(
+    const typename P::CopyY& to, const LowRankGemm& op, const Turns& turns, int tile, typename P::Shared& shared) {
+  const Consumer me = Consumer::me();
+  const bool has_gelu = op.gelu.which != Producer::none;
+  if (me.warp != 0 && !has_gelu) return;
+  int m, n;
+  turns.recomputed().tiles.template place<P>(tile, m, n);
+  if (me.warp == 0 && me.lane == 0 && !op.gelu.z.data) store_tile<P>(to, op, m, n, shared);
+  if (has_gelu) {
+    apply_gelu<P, Out>(op, m, n, shared);
+    __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
+    // All threads have read the staging tile after this barrier.
+    wait_for_threads(STAGED + me.group, GROUP_THREADS);
+    if (me.warp != 0) return;
+  }
+  if (me.lane == 0) wait_until_stores_have_read<0>();
+  __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
+  if (!turns.recomputed().is_last(tile)) arrive_for_threads(FREE + me.other(), GROUP_THREADS + WARP_THREADS);
+}
+
+// Writes a tile to the staging tile when it is this group's turn, and from there to Y.
 template <class P, class Out, class Sums>
 __device__ void write_tile(const typename P::CopyY& to, const LowRankGemm& op, const Turns& turns, int tile,
     const Sums& sums, typename P::Shared& shared) {
@@ -306,20 +352,7 @@ __device__ void write_tile(const typename P::CopyY& to, const LowRankGemm& op, c
   stage_tile<P, Out>(op, me, static_cast<uint32_t>(n * typename P::N{}), sums, shared);
   cutlass::arch::fence_view_async_shared();  // makes what this thread wrote visible to the bulk copy
   wait_for_threads(STAGED + me.group, GROUP_THREADS);
-  const bool has_gelu = op.gelu.which != Producer::none;
-  if (me.warp != 0 && !has_gelu) return;
-  turns.recomputed().tiles.template place<P>(recompute_from(tile), m, n);
-  if (me.warp == 0 && me.lane == 0 && !op.gelu.z.data) store_tile<P>(to, op, m, n, shared);
-  if (has_gelu) {
-    __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
-    apply_gelu<P, Out>(op, m, n, shared);
-    __syncwarp();
-    wait_for_threads(STAGED + me.group, GROUP_THREADS);  // all threads have read the staging tile
-    if (me.warp != 0) return;
-  }
-  if (me.lane == 0) wait_until_stores_have_read<0>();
-  __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
-  if (!turns.recomputed().is_last(tile)) arrive_for_threads(FREE + me.other(), GROUP_THREADS + WARP_THREADS);
+  finish_tile<P, Out>(to, op, turns, recompute_from(tile), shared);
 }
 
 // Computes the tiles of this warp group. The sums and the operands of the main loop leave few registers. Values that

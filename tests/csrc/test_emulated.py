@@ -18,7 +18,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import steps
+from benchmarks import steps, steps_mlp
 from efft_kernels.build import BuildError, find_tools
 
 HERE = Path(__file__).parent
@@ -222,11 +222,12 @@ def symbols(library: Path) -> dict[int, str]:
     return {int(place, 16): name for place, _, name in lines}
 
 
-def launched(library: Path, *arguments: int, **environment: str) -> dict[tuple[int, str], list[tuple[str, ...]]]:
-    """Return the launches of a forward and a backward call of several layers.
+def launched(library: Path, form: str, *arguments: int, **environment: str) -> dict[tuple[int, str], list[tuple[str, ...]]]:
+    """Return the launches of forward and backward calls of several layers or MLPs.
 
     Args:
         library: the emulated kernels.
+        form: the argument FORM of tests/csrc/emulation/block.py.
         arguments: further arguments of tests/csrc/emulation/block.py: tokens, rank, packed, and sizes of the layers.
         environment: further variables of the environment.
 
@@ -234,7 +235,7 @@ def launched(library: Path, *arguments: int, **environment: str) -> dict[tuple[i
         For each (number of the layer, "fwd" or "bwd") the launches as (kernel, whether the launch is dependent, bytes).
     """
     script = str(HERE / "emulation" / "block.py")
-    done = python(script, str(library), *(str(int(argument)) for argument in arguments), **environment)
+    done = python(script, str(library), form, *(str(int(argument)) for argument in arguments), **environment)
     assert done.returncode == 0, done.stderr
     names = symbols(library)
 
@@ -256,7 +257,7 @@ def test_the_launches_of_a_block_are_those_of_the_model(library: Path, kernels: 
     """The emulated GPU has 132 multiprocessors. The kernels of a ViT-B block with 12608 tokens do not run."""
     sizes = [size for layer in steps.LAYERS.values() for size in layer]
     dry = {"EFFT_EMULATION_DRY": "1", "EFFT_EMULATION_PROCESSORS": "132"}
-    found = launched(library, steps.TOKENS, steps.RANK, bool(changes), *sizes, **kernels, **dry)
+    found = launched(library, "linear", steps.TOKENS, steps.RANK, bool(changes), *sizes, **kernels, **dry)
     for i, layer in enumerate(steps.LAYERS.values()):
         for direction in steps.PASSES:
             modeled = steps.launches(steps.Sizes(steps.TOKENS, *layer, steps.RANK), direction, changes)
@@ -273,13 +274,40 @@ def test_the_bytes_of_each_launch_are_those_of_the_model(library: Path, kernels:
     tokens, rank, wide, narrow, processors = 1300, 16, 2304, 64, 20
     environment = {"EFFT_EMULATION_COUNT": "1", "EFFT_EMULATION_PROCESSORS": str(processors)}
     sizes = (narrow, wide, wide, narrow)
-    found = launched(library, tokens, rank, bool(changes), *sizes, **kernels, **environment)
+    found = launched(library, "linear", tokens, rank, bool(changes), *sizes, **kernels, **environment)
     for layer, (d_in, d_out) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
         for direction in steps.PASSES:
             of = steps.Sizes(tokens, d_in, d_out, rank)
             modeled = steps.launches(of, direction, changes, processors)
             counted = [(kernel, size) for kernel, _, size in found[layer, direction]]
             assert counted == [(launch.kernel, launch.bytes) for launch in modeled], (layer, direction)
+
+
+@pytest.mark.slow
+@on_hopper
+@each_generation
+@pytest.mark.parametrize("form", ["fused", "mlp"])
+def test_the_launches_of_an_mlp_are_those_of_the_model(
+    library: Path, form: str, kernels: dict[str, str], changes: str
+) -> None:
+    """The first MLP is that of a ViT-B block, on 132 multiprocessors, and its kernels do not run.
+
+    The second MLP is small enough to count the bytes of its launches.
+    """
+    dry = {"EFFT_EMULATION_DRY": "1", "EFFT_EMULATION_PROCESSORS": "132"}
+    found = launched(
+        library, form, steps.TOKENS, steps.RANK, bool(changes), *steps.LAYERS["fc1"], **kernels, **dry
+    )
+    for direction in steps.PASSES:
+        modeled = [part.launch for way, part in steps_mlp.of_block(form, changes) if way == direction]
+        assert [kernel for kernel, _, _ in found[0, direction]] == [launch.kernel for launch in modeled]
+    tokens, width, hidden, rank, processors = 1300, 256, 768, 16, 20
+    environment = {"EFFT_EMULATION_COUNT": "1", "EFFT_EMULATION_PROCESSORS": str(processors)}
+    found = launched(library, form, tokens, rank, bool(changes), width, hidden, **kernels, **environment)
+    for direction in steps.PASSES:
+        parts = steps_mlp.launches(tokens, width, hidden, rank, form, direction, changes, processors)
+        counted = [(kernel, size) for kernel, _, size in found[0, direction]]
+        assert counted == [(part.launch.kernel, part.launch.bytes) for part in parts], direction
 
 
 PRODUCT_BY_TYPE = """op.A.type == Type::bfloat16 ? launch_type<cutlass::bfloat16_t, bf16>(op, stream)

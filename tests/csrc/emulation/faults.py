@@ -102,9 +102,9 @@ FAULTS = {
         "WRONG .* dG",
     ),
     "the slope of the other GELU": (
-        "producers.cu",
-        "if (which == Producer::gelu_tanh) {",
-        "if (which != Producer::gelu_tanh) {",
+        "gelu.cuh",
+        "return which == Producer::gelu_tanh ?",
+        "return which != Producer::gelu_tanh ?",
         "gelu",
         "WRONG .* dx",
     ),
@@ -235,7 +235,7 @@ HOPPER_FAULTS = {
     ),
 }
 
-SUMS = "reduce_tokens_sm90.cu"
+SUMS, MLP = "reduce_tokens_sm90.cu", "mlp tiles bfloat16"
 WAIT = "wait_for_kernel_in_front();"
 #: Faults in the second generation of kernels, which EFFT_SM90_GENERATION=2 selects on compute capability 9.0: (file,
 #: text, text with the fault, family of cases, message).
@@ -315,6 +315,41 @@ SECOND_FAULTS = {
         "WRONG",
     ),
     "the norm's mean left out": (SUMS, "((at[i] - mean) * rstd)", "(at[i] * rstd)", "sums", "WRONG .* dgamma"),
+    "columns of another layer": (
+        SUMS,
+        "    group -= Groups(all.of[layer]).count();\n",
+        "    ;\n",
+        MLP,
+        "WRONG",
+    ),
+    "the second layer left out": (
+        SUMS,
+        "return count;\n}\n\n// Returns the largest",
+        "return all.count > 1 ? Groups(all.of[0]).count() : count;\n}\n\n// Returns the largest",
+        MLP,
+        "WRONG",
+    ),
+    "the rank of the second layer left out": (
+        SUMS,
+        "rank = std::max(rank, all.of[i].rank)",
+        "rank = all.of[0].rank",
+        MLP,
+        "WRONG .* d[DG]1",
+    ),
+    "copies that nothing launches before the sums": (
+        "tt_linear.cpp",
+        "    launches.stream();  // launches the copies of operands, which a later launch will read\n",
+        "",
+        MLP,
+        "WRONG .* dG2",
+    ),
+    "operands that are freed before the sums are launched": (
+        "tt_linear.cpp",
+        "    later->operands.insert(later->operands.end(), {gy, x, a, da, h, dh, partials});\n",
+        "",
+        MLP,
+        "AddressSanitizer: heap-use-after-free",
+    ),
     "the half of H not waited for": (
         KERNEL,
         "        shared.has_half[warp].wait(half_round);\n",
@@ -361,6 +396,7 @@ SECOND_FAULTS = {
 
 PINGPONG = "lowrank_gemm_pingpong_sm90.cu"
 TILES = "tiles bfloat16"
+READ = "    wait_for_threads(STAGED + me.group, GROUP_THREADS);\n    if (me.warp != 0) return;\n"
 FENCE = "  cutlass::arch::fence_view_async_shared();  // makes what this thread wrote visible to the bulk copy\n"
 STAGED = "  wait_for_threads(STAGED + me.group, GROUP_THREADS);\n"
 NEXT_TURN = "      arrive_for_threads(TURN + Consumer::me().other(),"
@@ -378,7 +414,7 @@ THIRD_FAULTS = {
     ),
     "a tile written before the last one has been read": (
         PINGPONG,
-        "  wait_until_stores_have_read<0>();\n",
+        "  if (me.lane == 0) wait_until_stores_have_read<0>();\n",
         "",
         TILES,
         "has not read",
@@ -432,6 +468,96 @@ THIRD_FAULTS = {
         "arrive_for_threads(FREE + me.other(), GROUP_THREADS)",
         TILES,
         "different numbers of threads|deadlock",
+    ),
+    "a tile written before all threads have read it": (
+        PINGPONG,
+        READ,
+        READ.partition("\n")[2],
+        MLP,
+        "WRONG",
+    ),
+    "a GELU of a tile that not all warps have written": (
+        PINGPONG,
+        FENCE + STAGED,
+        FENCE + STAGED.replace("  wait", "  if (op.gelu.which == Producer::none) wait"),
+        MLP,
+        "WRONG|has not read yet|without a proxy fence",
+    ),
+    "a store of z that may not see the tile": (PINGPONG, FENCE, "", MLP, "wrote without a proxy fence"),
+    "a tile written before z has been read": (
+        PINGPONG,
+        "  if (me.lane == 0) wait_until_stores_have_read<0>();\n",
+        "",
+        MLP,
+        "has not read",
+    ),
+    "a GELU of a tile in another swizzle": (PINGPONG, "(chunk ^ first_row % 8) * 16", "chunk * 16", MLP, "WRONG"),
+    "a GELU of the next tile": (
+        PINGPONG,
+        "apply_gelu<P, Out>(op, m, n, shared);\n    __syncwarp",
+        "apply_gelu<P, Out>(op, m + 1, n, shared);\n    __syncwarp",
+        MLP,
+        "WRONG|AddressSanitizer",
+    ),
+    "z of the chunks before": (PINGPONG, "read_z(step + AHEAD);", "read_z(step);", MLP, "WRONG .* d"),
+    "z read too late": (
+        PINGPONG,
+        "for (int i = 0; i < AHEAD; ++i) z[i] = next[i];\n"
+        "      if (step + AHEAD < Places::STEPS) read_z(step + AHEAD);",
+        "for (int i = 0; i < AHEAD; ++i) z[i] = next[i];",
+        MLP,
+        "WRONG .* d",
+    ),
+    "rows of a GELU beyond the last one": (
+        PINGPONG,
+        "min(op.M - row, int64_t",
+        "min(op.M + 1 - row, int64_t",
+        MLP,
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "columns of a GELU beyond the last one": (
+        PINGPONG,
+        "min(op.N - column, int64_t",
+        "min(op.N + 8 - column, int64_t",
+        MLP,
+        "WRONG",
+    ),
+    "boxes of a GELU in the wrong order": (
+        PINGPONG,
+        "at += P::BOX_COLUMNS / 8 - STEPS_OF_BOX * down",
+        "at += P::BOX_COLUMNS / 8 * (at == nullptr) - STEPS_OF_BOX * down",
+        MLP,
+        "WRONG",
+    ),
+    "the other GELU": (PINGPONG, "by_tanh = op.gelu.which ==", "by_tanh = op.gelu.which !=", MLP, "WRONG"),
+    "the slope instead of the value": (
+        PINGPONG,
+        "round_pair<Out>(one.value, other.value)",
+        "round_pair<Out>(one.slope, other.slope)",
+        MLP,
+        "WRONG",
+    ),
+    "the slope of the neighbor": (PINGPONG, "next_gradient * other.slope", "next_gradient * one.slope", MLP, "WRONG .* d"),
+    "the gradient before the GELU stored as well": (
+        PINGPONG,
+        "me.lane == 0 && !op.gelu.z.data) store_tile",
+        "me.lane == 0) store_tile",
+        MLP,
+        "WRONG .* d",
+    ),
+    "z not stored": (
+        PINGPONG,
+        "me.lane == 0 && !op.gelu.z.data) store_tile",
+        "me.lane == 0 && !has_gelu) store_tile",
+        MLP,
+        "WRONG",
+    ),
+    "an output of the GELU that is not wanted": (
+        PINGPONG,
+        "const bool writes_a = !BACKWARD || op.gelu.a.data;",
+        "const bool writes_a = true;",
+        MLP,
+        "AddressSanitizer",
     ),
     "another swizzle of the staging tile": (
         PINGPONG,

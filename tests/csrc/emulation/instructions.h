@@ -22,8 +22,6 @@
 #define blockIdx (emulation::block_index())
 #define __syncthreads() emulation::wait_for_block(__LINE__)
 #define __syncwarp() emulation::synchronize_warp()
-#define __expf(x) std::exp(x)
-#define __fdividef(a, b) ((a) / (b))
 #define __shfl_xor_sync(mask, value, other) emulation::exchange(mask, value, other)
 
 extern dim3 gridDim;
@@ -152,10 +150,19 @@ void send_async(uint32_t block, const uint32_t (&values)[N], uint32_t* own, cons
   emulation::send_async(block, values, sizeof values, own, barrier);
 }
 inline void start_next_kernel() {}
+inline float fast_exp2(float x) {
+  return std::exp2(x);
+}
+inline float fast_reciprocal(float x) {
+  return 1 / x;
+}
 inline uint32_t read_thread_index() {
   return threadIdx.x;
 }
 inline int recompute_from(int value) {
+  return value;
+}
+inline int64_t recompute_from(int64_t value) {
   return value;
 }
 inline void prefetch_tensor_map(const void* map) {
