@@ -91,7 +91,7 @@ def launches(
     norm = Part("fc1", Launch(f"norm{backward}", (3 if backward else 2) * narrow + again * narrow + statistics))
     norm = norm._replace(launch=replace(norm.launch, bytes=norm.launch.bytes + parameters))
     gelu = Part("fc2", Launch(f"gelu{backward}", (3 if backward else 2) * wide + again * wide))
-    has_gelu = "D" in changes and (form == "mlp" or form == "fused" and direction == "bwd")
+    has_gelu = "D" in changes and (form == "mlp" or (form == "fused" and direction == "bwd"))
     if has_gelu:
         # In the forward pass, the product of fc1 also writes the output of the GELU. In the backward pass, the product
         # of fc2 reads the input of the GELU, and writes the gradient of this input and the output of the GELU.
@@ -105,15 +105,14 @@ def launches(
     if not backward:
         first, second = (_after_pack(of[name], part) for name, part in (("fc1", norm), ("fc2", gelu)))
         return first + (of["fc2"] if has_gelu else second)
-    sums = [part for name in ("fc2", "fc1") for part in of[name] if _is_sum(part)]
-    second, first = ([part for part in of[name] if not _is_sum(part)] for name in ("fc2", "fc1"))
-    second += [] if has_gelu else [gelu]
-    first += [norm]
-    if form != "mlp":
-        return second + [part for part in sums if part.layer == "fc2"] + first + [p for p in sums if p.layer == "fc1"]
-    if "B" in changes:
-        sums = [Part("fc1", Launch("reduce_tokens", sum(part.launch.bytes for part in sums)))]
-    return second + first + sums
+    products = {name: [part for part in parts if not _is_sum(part)] for name, parts in of.items()}
+    sums = {name: [part for part in parts if _is_sum(part)] for name, parts in of.items()}
+    second = products["fc2"] + ([] if has_gelu else [gelu])
+    first = [*products["fc1"], norm]
+    if form != "mlp" or "B" not in changes:
+        return second + sums["fc2"] + first + sums["fc1"]
+    together = Launch("reduce_tokens", sum(part.launch.bytes for parts in sums.values() for part in parts))
+    return [*second, *first, Part("fc1", together)]
 
 
 def _is_sum(part: Part) -> bool:

@@ -331,7 +331,7 @@ __device__ void finish_tile(
   if (me.warp == 0 && me.lane == 0 && !op.gelu.z.data) store_tile<P>(to, op, m, n, shared);
   if (has_gelu) {
     apply_gelu<P, Out>(op, m, n, shared);
-    __syncwarp();  // waits for lane 0, because complete warps must arrive at barriers
+    __syncwarp();  // makes the warp converge, because complete warps must arrive at barriers
     // All threads have read the staging tile after this barrier.
     wait_for_threads(STAGED + me.group, GROUP_THREADS);
     if (me.warp != 0) return;

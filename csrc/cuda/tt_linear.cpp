@@ -240,20 +240,16 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     sums.type_of_dgamma = type_of(dgamma);
     sums.type_of_dbeta = type_of(dbeta);
   }
-  Tensor partials = dh;
-  if (!finishes) {
-    sums.splits = reduce_tokens_splits(sums);
-    partials = empty(gy, {sums.splits * rank * (sums.d_out + sums.d_in)}, ScalarType::Float);
-    sums.partials = static_cast<float*>(partials.data_ptr());
-  }
-  TokenSums now;
-  TokenSums& of = later ? *later : now;
-  of.all.of[of.all.count++] = sums;
-  if (later) {
+  if (finishes && later) {
+    later->all.of[later->all.count++] = sums;
+    later->operands.insert(later->operands.end(), {gy, x, a, da, h, dh});
     launches.stream();  // launches the copies of operands, which a later launch will read
-    later->operands.insert(later->operands.end(), {gy, x, a, da, h, dh, partials});
   } else {
-    now.launch(launches);
+    sums.splits = reduce_tokens_splits(sums);
+    const int64_t size = finishes ? 0 : sums.splits * rank * (sums.d_out + sums.d_in);
+    const Tensor partials = empty(gy, {size}, ScalarType::Float);
+    sums.partials = static_cast<float*>(partials.data_ptr());
+    check(reduce_tokens({{sums}, 1}, launches.stream()));
   }
   if (!finishes) {
     if (need.db) db = sum_of_rows(gy, ScalarType::Float);

@@ -43,12 +43,11 @@ struct GeluAfterLayer {
   std::optional<Tensor> output;
 };
 
-// The sums over tokens of one or several layers, which are launched together. The tensors are kept until then.
+// The sums over tokens of several layers, which one launch of reduce_tokens computes. `operands` keeps the tensors that
+// the launch will read.
 struct TokenSums {
   Reductions all;
   std::vector<Tensor> operands;
-
-  void launch(const Launches& launches) const { check(reduce_tokens(all, launches.stream())); }
 };
 
 // The right operand [K, N] of a product. If the given tensor has aligned rows, it is used as it is. Otherwise its
@@ -72,7 +71,8 @@ struct Right {
 Linear linear_forward(const Tensor& x, const LayerProducer& producer, const Tensor& W, const std::optional<Tensor>& b,
     const Tensor& D, const Tensor& G, GeluAfterLayer* gelu = nullptr);
 
-// If `later` is given, the sums over tokens are added to it and are not computed until the caller launches them.
+// If `later` is given and one launch can compute the sums over tokens of several layers, the sums of this layer are
+// added to `later`, and the caller launches them. Otherwise this function launches them.
 LinearBackward linear_backward(const Tensor& gy, const std::optional<Tensor>& x, const LayerProducer& producer,
     const std::optional<Tensor>& W, const std::optional<Tensor>& h, const Tensor& D, const Tensor& G, const Needs& need,
     TokenSums* later = nullptr);

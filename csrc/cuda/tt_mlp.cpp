@@ -42,7 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   // If dz is not needed, no gradient of the first layer is, and dz has no elements.
   const Tensor dz = need_dz ? of_second.dx : empty(z, {0, z.size(1)});
   const LinearBackward of_first = linear_backward(dz, x, norm, W1, h1, D1, G1, first, &sums);
-  sums.launch(Launches(gy));
+  const Launches launches(gy);
+  check(reduce_tokens(sums.all, launches.stream()));
   return {of_first.dx, of_first.dD, of_first.dG, of_first.db, of_second.dD, of_second.dG, of_second.db, of_first.dgamma,
       of_first.dbeta};
 }

@@ -8,8 +8,22 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import steps
-from benchmarks.steps import LAYERS, PASSES, STEPS, Sizes, by_gpu, counts, error, fit, launches, predict
+from benchmarks import steps, steps_mlp
+from benchmarks.steps import (
+    LAYERS,
+    PASSES,
+    SECOND_GENERATION,
+    STEPS,
+    THIRD_GENERATION,
+    Sizes,
+    by_gpu,
+    counts,
+    error,
+    fit,
+    launches,
+    predict,
+)
+from benchmarks.steps_mlp import launches as mlp
 from efft_lab import record
 
 TOKENS = 64 * 197
@@ -91,6 +105,41 @@ def test_no_step_makes_the_block_slower() -> None:
     assert times == sorted(times, reverse=True)
     assert all(sum(predict(by, run.floor, step).values()) < times[0] for step in STEPS)
     assert times[-1] > sum(run.floor.values())
+
+
+def test_launches_of_an_mlp_by_hand() -> None:
+    """Check the kernels of each form of the MLP, and the bytes of those that change with the form."""
+
+    def kernels(form: str, direction: str, changes: str) -> list[str]:
+        return [part.launch.kernel for part in mlp(1000, 768, 3072, 16, form, direction, changes)]
+
+    product = "lowrank_gemm_sm90"
+    assert kernels("mlp", "fwd", SECOND_GENERATION) == ["norm", product, "gelu", product]
+    assert kernels("mlp", "fwd", THIRD_GENERATION) == ["norm", product, product]
+    assert kernels("fused", "fwd", THIRD_GENERATION) == ["norm", product, "gelu", product]
+    sums = "reduce_tokens"
+    assert kernels("mlp", "bwd", SECOND_GENERATION) == [product, "gelu_backward", product, "norm_backward", sums]
+    assert kernels("mlp", "bwd", THIRD_GENERATION) == [product, product, "norm_backward", sums]
+    assert kernels("fused", "bwd", THIRD_GENERATION) == [product, sums, product, "norm_backward", sums]
+    wide = 2 * 1000 * 3072
+    for direction, at, extra in (("fwd", 1, 1), ("bwd", 0, 2)):
+        plain, with_gelu = (
+            mlp(1000, 768, 3072, 16, form, direction, THIRD_GENERATION)[at] for form in ("layers", "mlp")
+        )
+        assert with_gelu.launch.bytes == plain.launch.bytes + extra * wide
+        assert (plain.has_gelu, with_gelu.has_gelu) == (False, True)
+
+
+@pytest.mark.parametrize("gpu", ["H100", "H200"])
+def test_each_generation_makes_the_mlp_faster(gpu: str) -> None:
+    runs = by_gpu()[gpu]
+    by, run = fit(runs), runs[-1]
+    times = [steps_mlp.predict(by, run, "mlp", changes) for changes in ("", SECOND_GENERATION, THIRD_GENERATION)]
+    assert times == sorted(times, reverse=True)
+    # The baseline contains torch's GELU, whose bytes the third generation does not move.
+    linear = sum(run.floor[layer, way] for layer in ("fc1", "fc2") for way in PASSES)
+    assert steps_mlp.baseline(by, run) - linear > 2 * 2 * TOKENS * 3072 / by.bandwidth / 1e6
+    assert linear < times[-1] < times[0]
 
 
 def test_the_committed_page_is_current() -> None:

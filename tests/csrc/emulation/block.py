@@ -11,10 +11,10 @@ PACKED is 1 if the factors D and G are packed before the calls (copied to the ty
 efft_kernels/_packed.py), or else 0.
 
 Each printed line is JSON: the number of the layer or MLP, "fwd" or "bwd", and a list with [kernel, cluster, dependent,
-bytes] for each launch. ``kernel`` is the distance in bytes from the start of the library to the kernel's code. ``cluster`` is
-the number of blocks per cluster. ``dependent`` is 1 if the kernel may start before the previous kernel has ended, or
-else 0. ``bytes`` is the number of bytes that the kernel reads and writes, or 0 if EFFT_EMULATION_COUNT is not set.
-emulation.cpp describes this and other environment variables.
+bytes] for each launch. ``kernel`` is the distance in bytes from the start of the library to the kernel's code.
+``cluster`` is the number of blocks per cluster. ``dependent`` is 1 if the kernel may start before the previous kernel
+has ended, or else 0. ``bytes`` is the number of bytes that the kernel reads and writes, or 0 if EFFT_EMULATION_COUNT is
+not set. emulation.cpp describes this and other environment variables.
 """
 
 import ctypes
@@ -26,7 +26,6 @@ from torch import Tensor
 
 import efft_kernels.ops  # noqa: F401  # declares the ops
 from efft_kernels._packed import Packed, Stack
-
 
 EPS = 1e-5
 

@@ -9,7 +9,8 @@
 // - EFFT_EMULATION_REVERSE: if set, the threads run in reverse order. A missing barrier causes a wrong result in one of
 //   the two orders.
 // - EFFT_EMULATION_SEED: a number. The threads run in a random order, which changes from turn to turn, and asynchronous
-//   operations complete at random times.
+//   operations complete at random times. If the number is even, the scheduler also holds back a random warp for many
+//   turns, as long as other threads can run. This shows whether the others wait for the warp where they must.
 // - EFFT_EMULATION_CAPABILITY: 8 (the default) or 9, the compute capability of the GPU.
 // - EFFT_EMULATION_PROCESSORS: the number of multiprocessors of the GPU. The default is 2.
 // - EFFT_EMULATION_COUNT: if set, the bytes that each launch reads and writes are counted.
@@ -76,7 +77,8 @@ size_t shared_limit() {
 struct Order {
   bool reverse = std::getenv("EFFT_EMULATION_REVERSE") != nullptr,
        drawn = std::getenv("EFFT_EMULATION_SEED") != nullptr;
-  std::mt19937 draw{drawn ? static_cast<unsigned>(std::atoi(std::getenv("EFFT_EMULATION_SEED"))) : 0};
+  unsigned seed = drawn ? static_cast<unsigned>(std::atoi(std::getenv("EFFT_EMULATION_SEED"))) : 0;
+  std::mt19937 draw{seed};
   unsigned copies_first = 0;  // the probability, in quarters, that a copy completes before products do
 
   size_t below(size_t count) { return draw() % count; }
@@ -206,17 +208,25 @@ void run_cluster() {
   size_t late = order().reverse ? 0 : blocks.size() - 1;
   if (order().drawn) late = order().below(blocks.size() + 1);
   if (blocks.size() == 1) late = blocks.size();
+  const size_t none = count / WARP;
+  size_t held_back = none;  // the number of a warp
   while (error.empty()) {
     bool ran = false, all_finished = true;
     if (order().drawn) std::shuffle(numbers.begin(), numbers.end(), order().draw);
+    if (order().drawn && order().seed % 2 == 0 && order().below(16) == 0) held_back = order().below(none);
     for (size_t i = 0; i < count && error.empty(); ++i) {
-      if (threads[numbers[i]].state == State::ready && numbers[i] / threads_per_block != late) {
+      if (threads[numbers[i]].state == State::ready && numbers[i] / threads_per_block != late &&
+          numbers[i] / WARP != held_back) {
         resume(numbers[i]);
         ran = true;
       }
       all_finished = all_finished && threads[numbers[i]].state == State::finished;
     }
     if (all_finished || !error.empty()) return;
+    if (!ran && held_back != none) {
+      held_back = none;
+      continue;
+    }
     bool opened = false;
     for (size_t block = 0; !ran && block < blocks.size(); ++block) opened = opens_barrier(block) || opened;
     if (ran ? order().drawn && order().below(8) == 0 : !opened && error.empty()) {

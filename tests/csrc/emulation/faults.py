@@ -345,7 +345,7 @@ SECOND_FAULTS = {
     ),
     "operands that are freed before the sums are launched": (
         "tt_linear.cpp",
-        "    later->operands.insert(later->operands.end(), {gy, x, a, da, h, dh, partials});\n",
+        "    later->operands.insert(later->operands.end(), {gy, x, a, da, h, dh});\n",
         "",
         MLP,
         "AddressSanitizer: heap-use-after-free",
@@ -407,8 +407,8 @@ THIRD_FAULTS = {
     "a fence after the barrier": (PINGPONG, FENCE + STAGED, STAGED + FENCE, TILES, "wrote without a proxy fence"),
     "a tile stored before all warps have written it": (
         PINGPONG,
-        STAGED,
-        "",
+        FENCE + STAGED,
+        FENCE,
         TILES,
         "WRONG|has not read yet|without a proxy fence",
     ),
@@ -497,7 +497,7 @@ THIRD_FAULTS = {
         "apply_gelu<P, Out>(op, m, n, shared);\n    __syncwarp",
         "apply_gelu<P, Out>(op, m + 1, n, shared);\n    __syncwarp",
         MLP,
-        "WRONG|AddressSanitizer",
+        "WRONG",
     ),
     "z of the chunks before": (PINGPONG, "read_z(step + AHEAD);", "read_z(step);", MLP, "WRONG .* d"),
     "z read too late": (
@@ -537,7 +537,13 @@ THIRD_FAULTS = {
         MLP,
         "WRONG",
     ),
-    "the slope of the neighbor": (PINGPONG, "next_gradient * other.slope", "next_gradient * one.slope", MLP, "WRONG .* d"),
+    "the slope of the neighbor": (
+        PINGPONG,
+        "next_gradient * other.slope",
+        "next_gradient * one.slope",
+        MLP,
+        "WRONG .* d",
+    ),
     "the gradient before the GELU stored as well": (
         PINGPONG,
         "me.lane == 0 && !op.gelu.z.data) store_tile",

@@ -160,7 +160,8 @@ def mlp_case(
     own = (gamma, beta, 1e-5) if norm else (None, None, None)
     y, z, h1, h2, *statistics = torch.ops.efft.tt_mlp_fwd.cuda(x, *own, W1, b1, D1, G1, W2, b2, D2, G2, approximate)
     names = ("dx", "dD1", "dG1", "db1", "dD2", "dG2", "db2", "dgamma", "dbeta")
-    need = [not (name == "dD2" and transposed or name in ("dgamma", "dbeta") and not norm) for name in names]
+    unneeded = ({"dD2"} if transposed else set()) | (set() if norm else {"dgamma", "dbeta"})
+    need = [name not in unneeded for name in names]
     grads = torch.ops.efft.tt_mlp_bwd.cuda(
         gy, x, z, *own, *statistics, W1, W2, h1, h2, D1, G1, D2, G2, approximate, *need
     )
