@@ -31,6 +31,7 @@ COMMANDS = {
         "efft_lab.studies.extras.command",
         "study which parameters to train in addition to the shared factors, and at which rates",
     ),
+    "fp8": ("efft_lab.studies.fp8", "study the accuracy of EFFT with frozen products in emulated 8-bit formats"),
     "text": ("efft_lab.studies.text", "compare EFFT2, LoRA and a linear probe on a text transformer"),
     "convolutions": (
         "efft_lab.studies.convolutions",
