@@ -40,6 +40,7 @@ COMMANDS = {
     "kinds": ("benchmarks.kinds", "compare adapted attention and Conv1D layers with LoRA and with dense updates"),
     "host": ("benchmarks.host", "count dispatcher calls, Python calls and microseconds of one layer on the host"),
     "planning": ("benchmarks.planning", "time efft.inspect for models with thousands of layers"),
+    "fp8-products": ("benchmarks.fp8_products", "compare the time of fp8 and bf16 products of a ViT-B block"),
     "models": ("benchmarks.models", "find the adapted layers of every architecture of timm and transformers"),
     "steps": ("benchmarks.steps", "predict the gain of each planned change to the cuda backend; measures nothing"),
     "compare": ("benchmarks.compare", "find slowdowns between two result files or two revisions"),

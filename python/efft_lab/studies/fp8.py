@@ -26,6 +26,7 @@ logits (or the gradients of all trained parameters) of the model in fp32, and ``
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -39,10 +40,10 @@ import efft
 from efft.adapting.adapter import adapted_layers
 from efft.config import AdapterConfig
 from efft_kernels import EfftLinear
+from efft_lab import record
 from efft_lab.compare import suite as suites
 from efft_lab.compare import worker
 from efft_lab.compare.agenda import Agenda
-from efft_lab.record import append, machine_facts
 from efft_lab.studies.side_by_side import method
 from efft_lab.train import TrainConfig, build
 from efft_lab.train.methods import METHODS, Efft, Method
@@ -97,9 +98,10 @@ class Rounded(NamedTuple):
         wide = values.float()
         largest = wide.abs().amax(1 if rows else (0, 1), keepdim=True)
         scale = largest.clamp_min(torch.finfo(torch.float32).tiny) / torch.finfo(dtype).max
-        # A quotient that rounding has put above the largest number of the format would become NaN.
-        limited = (wide / scale).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-        return cls(limited.to(dtype).bfloat16(), scale)
+        # A quotient may be above the largest number of the format by a rounding error. The cast then rounds it down.
+        codes = (wide / scale).to(dtype).view(torch.uint8)
+        numbers = _numbers_of(dtype).index_select(0, codes.flatten().int())
+        return cls(numbers.view(codes.shape), scale)
 
     def dense(self) -> Tensor:
         """Return the represented matrix in fp32."""
@@ -112,6 +114,12 @@ class Rounded(NamedTuple):
         CPU multiplies much faster in bf16 than in fp32. This error is small compared with that of the operands.
         """
         return (self.numbers @ other.numbers.T).float() * self.scale * other.scale.T
+
+
+@functools.cache
+def _numbers_of(dtype: torch.dtype) -> Tensor:
+    """Return the numbers of all 256 codes of an fp8 format, in bf16. A look-up takes less time than torch's cast."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).bfloat16()
 
 
 class Weights(NamedTuple):
@@ -265,8 +273,15 @@ def study(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**before, "test_accuracy": 0.0, **{field: result[field] for field in kept if field in result}}
 
 
+def finished(results: Path | None) -> set[tuple[str, str, int]]:
+    """Return the setting, the task and the seed of each training run in ``fp8.jsonl``."""
+    path = (results or record.RESULTS) / "fp8.jsonl"
+    rows = record.read(path) if path.exists() else []
+    return {(row["setting"], row["task"], row["seed"]) for row in rows if "test_accuracy" in row}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study and append to ``fp8.jsonl``."""
+    """Run the study and append to ``fp8.jsonl``. Training runs that the file already contains are skipped."""
     suite = suites.load(SUITE)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks fp8", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -278,10 +293,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder for fp8.jsonl")
     args = parser.parse_args(arguments)
     worker.choose_attention()
+    done = finished(args.results)
     for seed, task, name in product(args.seeds, args.tasks, args.settings):
+        if not args.errors and (name, task, seed) in done:
+            continue
         fields = configuration(task, seed)
         found = errors(TrainConfig.from_dict(fields), name) if args.errors else study(name, fields)
-        append("fp8", [{"setting": name, "task": task, "seed": seed, **found, **machine_facts()}], args.results)
+        row = {"setting": name, "task": task, "seed": seed, **found, **record.machine_facts()}
+        record.append("fp8", [row], args.results)
         text = ", ".join(f"{field} {value}" for field, value in found.items())
         print(f"{task:<20} seed {seed} {name:<8} {text}", flush=True)
     return 0

@@ -210,6 +210,22 @@ def test_configuration_is_that_of_the_suite() -> None:
     assert recorded["config"]["efft"].items() <= now["efft"].items()
 
 
+def test_finished_runs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def study(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+        ran.append((name, fields["data"], fields["seed"]))
+        return {"logits_error": 0.1, "gradients_error": 0.2, "test_accuracy": 0.5}
+
+    monkeypatch.setattr(fp8, "study", study)
+    monkeypatch.setattr(fp8.worker, "choose_attention", lambda: None)
+    for tasks in (["count"], ["count", "cifar10"]):
+        options = ["--tasks", *tasks, "--seeds", "1", "0", "--settings", "tensor", "--results", str(tmp_path)]
+        assert fp8.main(options) == 0
+    assert ran == [("tensor", task, seed) for task in ("count", "cifar10") for seed in (1, 0)]
+    assert len(record.read(tmp_path / "fp8.jsonl")) == 4
+
+
 def test_table_compares_runs_with_those_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     assert tables.fp8() == tables.NOTHING
