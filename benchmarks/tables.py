@@ -470,6 +470,30 @@ def _difference(pairs: Sequence[tuple[Line, Line]], field: str) -> str:
     return f"{fmean(points):+.1f}{error}"
 
 
+_FP8_ROWS = {
+    "fp8": "one scale per row",
+    "fp8-slow": "one scale per row, without fast accumulation",
+    "fp8-tensor": "one scale per tensor",
+}
+
+
+def fp8_products() -> str:
+    """Return the table of fp8 products on the GPU: times relative to bf16 for each product, and for all of them."""
+    (run,) = newest("fp8_products", device="cuda").values() or [[]]
+    if not run:
+        return NOTHING
+    base = {(x["case"], way): x["seconds"][way]["p50"] for x in run if x["row"] == "bf16" for way in ("fwd", "bwd")}
+    rows = []
+    for name, title in _FP8_ROWS.items():
+        timed = {x["case"]: x for x in run if x["row"] == name and "seconds" in x}
+        cells = [f"{timed[case]['ratio'][way]['p50']:.2f}" if case in timed else "-" for case, way in base]
+        total = sum(timed[case]["seconds"][way]["p50"] for case, way in base if case in timed)
+        complete = all(case in timed for case, _ in base)
+        rows.append([title, *cells, f"{total / sum(base.values()):.2f}" if complete else "-"])
+    header = ["time in fp8 / in bf16", *(f"{case}, {way}" for case, way in base), "all"]
+    return with_sources(header, rows, {"": run})
+
+
 def study(name: str) -> str:
     """Return the table of a study in :mod:`efft_lab.studies.side_by_side`: mean accuracy and its standard deviation."""
     newest = {(x["row"], x["seed"]): x for x in read(name)}
@@ -499,6 +523,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "extras": extras,
     "starts": starts,
     "fp8": fp8,
+    "fp8_products": fp8_products,
     "kinds": partial(kinds, "cpu"),
     "planning": planning,
     "host": host,
