@@ -1,8 +1,8 @@
 """Kernels and layers for tensor-train fine-tuning of frozen linear layers.
 
 - Ops: :func:`tt_linear`, its variants that include a preceding GELU (:func:`tt_gelu_linear`) or layer norm
-  (:func:`tt_norm_linear`), its variant with one adapter per sample (:func:`tt_linear_grouped`), :func:`tt_contract` and
-  :func:`tt_merge_`.
+  (:func:`tt_norm_linear`), its variant with one adapter per sample (:func:`tt_linear_grouped`), a whole MLP
+  (:func:`tt_mlp`), :func:`tt_contract` and :func:`tt_merge_`.
 - Layers: :class:`EfftLinear`, :class:`EfftConv2d` and similar classes, and :class:`TTFactors`, the module that owns the
   factors of many layers. A :class:`Site` is the part of the factors that one layer uses. Methods other than EFFT use
   :class:`FactorBank`, the base class of :class:`TTFactors`, and :func:`tt_chain`.
@@ -33,7 +33,15 @@ from efft_kernels.nn import (
     expert_linear,
     tt_chain,
 )
-from efft_kernels.ops import tt_contract, tt_gelu_linear, tt_linear, tt_linear_grouped, tt_merge_, tt_norm_linear
+from efft_kernels.ops import (
+    tt_contract,
+    tt_gelu_linear,
+    tt_linear,
+    tt_linear_grouped,
+    tt_merge_,
+    tt_mlp,
+    tt_norm_linear,
+)
 
 __version__ = "0.1.0"
 
@@ -65,6 +73,7 @@ __all__ = [
     "tt_linear",
     "tt_linear_grouped",
     "tt_merge_",
+    "tt_mlp",
     "tt_norm_linear",
     "use_backend",
 ]

@@ -51,17 +51,25 @@ def check_matrix(op: str, name: str, tensor: Tensor, symbols: str) -> None:
         raise ValueError(f"{op}: {name} must be {symbols}, got shape {list(tensor.shape)}")
 
 
-def check_linear(op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> None:
+def check_linear(
+    op: str, name: str, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, *, layer: str = ""
+) -> None:
     """Raise ValueError unless ``x`` [..., d_in] matches a linear layer and its update.
 
-    ``name`` is the name of the op's argument ``x``, for the message.
+    ``name`` is the name of the op's argument ``x``, for the message. ``layer`` is appended to the names of the other
+    arguments, for an op with several layers.
     """
     check_tensor(op, name, x)
-    check_delta(op, W, D, G)
+    check_layer(op, W, b, D, G, layer)
     if x.dim() == 0 or x.shape[-1] != W.shape[1]:
         raise ValueError(f"{op}: {name} must be [..., d_in={W.shape[1]}], got shape {list(x.shape)}")
+
+
+def check_layer(op: str, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor, layer: str = "") -> None:
+    """Raise ValueError unless the parameters of a linear layer and of its update match. ``layer`` ends their names."""
+    check_delta(op, W, D, G, layer)
     if b is not None:
-        check_shape(op, "b", b, (W.shape[0],), "[d_out]")
+        check_shape(op, f"b{layer}", b, (W.shape[0],), "[d_out]")
 
 
 def linear_sizes(x: Tensor, W: Tensor, D: Tensor) -> tuple[int, int, int, int]:
@@ -89,13 +97,13 @@ def check_frozen(op: str, **tensors: Tensor | None) -> None:
         )
 
 
-def check_delta(op: str, W: Tensor, D: Tensor, G: Tensor) -> None:
-    """Raise ValueError unless D G has the shape of Wᵀ."""
-    check_matrix(op, "W", W, "[d_out, d_in]")
-    check_matrix(op, "D", D, "[d_in, r1]")
+def check_delta(op: str, W: Tensor, D: Tensor, G: Tensor, layer: str = "") -> None:
+    """Raise ValueError unless D G has the shape of Wᵀ. ``layer`` is appended to the names of the arguments."""
+    check_matrix(op, f"W{layer}", W, "[d_out, d_in]")
+    check_matrix(op, f"D{layer}", D, "[d_in, r1]")
     d_out, d_in = W.shape
-    check_shape(op, "D", D, (d_in, D.shape[1]), "[d_in, r1]")
-    check_shape(op, "G", G, (D.shape[1], d_out), "[r1, d_out]")
+    check_shape(op, f"D{layer}", D, (d_in, D.shape[1]), "[d_in, r1]")
+    check_shape(op, f"G{layer}", G, (D.shape[1], d_out), "[r1, d_out]")
 
 
 # The functions below query autocast by the name of the device type, because torch.amp.is_autocast_available causes a

@@ -160,11 +160,16 @@ def _too_old(backend: str, device: torch.device) -> str | None:
 
 
 def resolve(
-    op: str, backend: str | Backend | None, *tensors: Tensor | None, sizes: tuple[int, int, int, int] | None = None
+    op: str,
+    backend: str | Backend | None,
+    *tensors: Tensor | None,
+    sizes: tuple[int, int, int, int] | None = None,
+    measured: str | None = None,
 ) -> Backend:
     """Return the backend that runs ``op`` on ``tensors``, which is never ``AUTO``.
 
     ``sizes`` is (tokens, d_in, d_out, r1) of a linear op. Without it, ``auto`` does not look for a measurement.
+    ``measured`` is the op whose measurements count, if there are none for ``op`` itself.
 
     Raises:
         ValueError: the name of the backend is unknown.
@@ -180,8 +185,8 @@ def resolve(
         if reason is not None:
             raise RuntimeError(f"{op}: backend {requested.value!r} was requested but cannot run: {reason}")
         return requested
-    if sizes is not None and (measured := _fastest(op, sizes, *tensors)) is not None:
-        return measured
+    if sizes is not None and (best := _fastest(measured or op, sizes, *tensors)) is not None:
+        return best
     for candidate in AUTO_ORDER:
         if can_run(candidate, *tensors) is None:
             return candidate

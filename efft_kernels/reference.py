@@ -9,6 +9,8 @@ gy is the gradient of the output y, and dx, dD, dG and db are the gradients of x
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -128,6 +130,84 @@ def tt_norm_linear_bwd(
     along = (g * standardized).mean(-1, keepdim=True)
     dx = (g - g.mean(-1, keepdim=True) - standardized * along) / deviation
     return dx.to(x.dtype), *sums
+
+
+def tt_mlp(
+    x: Tensor,  # [..., d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    eps: float | None,
+    W1: Tensor,  # [d_hidden, d_in]
+    b1: Tensor | None,  # [d_hidden]
+    D1: Tensor,  # [d_in, r1]
+    G1: Tensor,  # [r1, d_hidden]
+    W2: Tensor,  # [d_out, d_hidden]
+    b2: Tensor | None,  # [d_out]
+    D2: Tensor,  # [d_hidden, r1]
+    G2: Tensor,  # [r1, d_out]
+    approximate: str,
+) -> Tensor:  # [..., d_out], dtype of W2
+    """Compute y = gelu(z) W2ᵀ + b2 + (gelu(z) D2) G2 with z = n W1ᵀ + b1 + (n D1) G1.
+
+    n is the layer norm of x, or x if ``eps`` is None.
+    """
+    with no_autocast(x.device):
+        z = _hidden(x, gamma, beta, eps, W1, b1, D1, G1)
+        return tt_linear(F.gelu(z, approximate=approximate), W2, b2, D2, G2).to(W2.dtype)
+
+
+def tt_mlp_bwd(
+    gy: Tensor,  # [tokens, d_out]
+    x: Tensor,  # [tokens, d_in]
+    z: Tensor,  # [tokens, d_hidden]; used only without W1
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    eps: float | None,
+    W1: Tensor | None,  # [d_hidden, d_in]; None if z does not depend on any tensor that requires a gradient
+    b1: Tensor | None,  # [d_hidden]
+    W2: Tensor | None,  # [d_out, d_hidden]; needed with W1
+    D1: Tensor,  # [d_in, r1]
+    G1: Tensor,  # [r1, d_hidden]
+    D2: Tensor,  # [d_hidden, r1]
+    G2: Tensor,  # [r1, d_out]
+    approximate: str,
+) -> tuple[Tensor | None, ...]:  # dx, dD1, dG1, db1, dD2, dG2, db2, dgamma, dbeta
+    """Return differentiable gradients. Without W1, all gradients except dD2, dG2 and db2 are None.
+
+    db1, db2, dgamma and dbeta are in the dtype of the computation, and the others in the dtypes of x, D1, G1, D2, G2.
+    """
+    if W1 is None:
+        _, *of_second = tt_gelu_linear_bwd(gy, z, None, D2, G2, approximate)
+        return None, None, None, None, *of_second, None, None
+    z = _hidden(x, gamma, beta, eps, W1, b1, D1, G1)
+    dz, *of_second = tt_gelu_linear_bwd(gy, z, W2, D2, G2, approximate)
+    assert dz is not None
+    of_norm: Sequence[Tensor | None] = (None, None)
+    if eps is None:
+        wide = x.to(dz.dtype)
+        dx, *of_first = tt_linear_bwd(dz, wide, W1, wide @ D1.to(dz.dtype), D1, G1)
+    else:
+        dx, *of_first, dgamma, dbeta = tt_norm_linear_bwd(dz, x, gamma, beta, W1, D1, G1, eps)
+        of_norm = dgamma, dbeta
+    assert dx is not None
+    return dx.to(x.dtype), *of_first, *of_second, *of_norm
+
+
+def _hidden(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float | None,
+    W1: Tensor,
+    b1: Tensor | None,
+    D1: Tensor,
+    G1: Tensor,
+) -> Tensor:
+    """Return the input of the GELU of an MLP, in the dtype of the computation."""
+    n = x.to(_wide(x, gamma, beta))
+    if eps is not None:
+        n = _scaled(_standardized(n, eps)[0], gamma, beta)
+    return tt_linear(n, W1, b1, D1, G1)
 
 
 def _standardized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

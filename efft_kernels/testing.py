@@ -38,6 +38,7 @@ def make_inputs(
     tokens: int = 29,
     d_in: int = 24,
     d_out: int = 40,
+    d_hidden: int = 56,
     r1: int = 5,
     r2: int = 7,
     n_layers: int = 3,
@@ -58,7 +59,8 @@ def make_inputs(
 
     Args:
         op: the name of a public op.
-        tokens, d_in, d_out, r1, r2, n_layers, n_cores, samples, n_adapters: sizes; an op uses those that it has.
+        tokens, d_in, d_out, d_hidden, r1, r2, n_layers, n_cores, samples, n_adapters: sizes; an op uses those that it
+            has.
         update: the size of the update relative to that of the base product.
         base_cancels: for ``tt_linear`` and ``tt_gelu_linear``, choose ``W`` and ``x`` so that ``x Wᵀ = 0``, without a
             bias. For ``gy = [g, -g]``, also ``gy W = 0``. ``y`` and ``dx`` then consist of only the update, so the
@@ -109,6 +111,18 @@ def make_inputs(
         x = 3 * inputs.pop("x") + 1
         return {"x": x, "gamma": 1 + normal(d_in, std=0.3, of=dtype), "beta": normal(d_in, of=dtype), **inputs}
 
+    def tt_mlp() -> dict[str, Any]:
+        x = 3 * normal(tokens, d_in, of=dtype) + 1
+        inputs = {"x": x, "gamma": 1 + normal(d_in, std=0.3, of=dtype), "beta": normal(d_in, of=dtype), "eps": 1e-3}
+        for layer, (columns, rows) in enumerate(((d_in, d_hidden), (d_hidden, d_out)), 1):
+            inputs |= {
+                f"W{layer}": normal(rows, columns, std=columns**-0.5, of=dtype),
+                f"b{layer}": normal(rows, of=dtype),
+                f"D{layer}": normal(columns, r1, std=columns**-0.5, of=factor_dtype),
+                f"G{layer}": normal(r1, rows, std=update * r1**-0.5, of=factor_dtype),
+            }
+        return {**inputs, "approximate": "none"}
+
     def tt_linear_grouped() -> dict[str, Any]:
         inputs = tt_linear()
         factors = [delta() for _ in range(n_adapters)]
@@ -131,7 +145,7 @@ def make_inputs(
     def tt_merge_() -> dict[str, Any]:
         return {"W": normal(d_out, d_in, std=d_in**-0.5, of=dtype), **delta(), "sign": 1.0}
 
-    functions = (tt_linear, tt_gelu_linear, tt_norm_linear, tt_linear_grouped, tt_contract, tt_merge_)
+    functions = (tt_linear, tt_gelu_linear, tt_norm_linear, tt_mlp, tt_linear_grouped, tt_contract, tt_merge_)
     ops: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in functions}
     if op not in ops:
         raise ValueError(f"make_inputs: unknown op {op!r}: expected one of {', '.join(map(repr, ops))}")

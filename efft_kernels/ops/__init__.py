@@ -14,6 +14,7 @@ from efft_kernels.ops.tt_gelu_linear import tt_gelu_linear
 from efft_kernels.ops.tt_linear import tt_linear
 from efft_kernels.ops.tt_linear_grouped import tt_linear_grouped
 from efft_kernels.ops.tt_merge import tt_merge_
+from efft_kernels.ops.tt_mlp import tt_mlp
 from efft_kernels.ops.tt_norm_linear import tt_norm_linear
 
-__all__ = ["tt_contract", "tt_gelu_linear", "tt_linear", "tt_linear_grouped", "tt_merge_", "tt_norm_linear"]
+__all__ = ["tt_contract", "tt_gelu_linear", "tt_linear", "tt_linear_grouped", "tt_merge_", "tt_mlp", "tt_norm_linear"]

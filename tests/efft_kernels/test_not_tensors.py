@@ -21,6 +21,10 @@ SHAPES: dict[Callable[..., Any], dict[str, tuple[int, ...]]] = {
     efft_kernels.tt_norm_linear: {
         **{"x": (2, 4), "gamma": (4,), "beta": (4,), "W": (5, 4), "b": (5,), "D": (4, 3), "G": (3, 5)}
     },
+    efft_kernels.tt_mlp: {
+        **{"x": (2, 4), "W1": (6, 4), "b1": (6,), "D1": (4, 3), "G1": (3, 6)},
+        **{"W2": (5, 6), "b2": (5,), "D2": (6, 3), "G2": (3, 5)},
+    },
     efft_kernels.tt_linear_grouped: {
         **{"x": (2, 1, 4), "W": (5, 4), "b": (5,), "D": (2, 4, 3), "G": (2, 3, 5), "adapter": (2,)}
     },

@@ -21,12 +21,13 @@ pytestmark = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native
 
 #: The kernels process a few tokens at a time (a block). There are enough tokens for several blocks in each of four
 #: threads. tt_contract divides layers among the threads, and there are more layers than threads.
-SIZES = {"tokens": 1100, "d_in": 200, "d_out": 130, "r1": 19, "n_layers": 7}
+SIZES = {"tokens": 1100, "d_in": 200, "d_out": 130, "d_hidden": 170, "r1": 19, "n_layers": 7}
 #: The inputs of each op for which the tests compute gradients.
 TRAINED = {
     "tt_linear": ("x", "D", "G", "b"),
     "tt_gelu_linear": ("z", "D", "G", "b"),
     "tt_norm_linear": ("x", "D", "G", "b", "gamma", "beta"),
+    "tt_mlp": ("x", "gamma", "beta", "b1", "D1", "G1", "b2", "D2", "G2"),
     "tt_contract": ("C", "V"),
     "tt_linear_grouped": ("x", "D", "G"),
     "tt_merge_": (),

@@ -1,0 +1,54 @@
+// Implements efft::tt_mlp_{fwd,bwd}.cpu: an MLP of two adapted layers with a GELU between them, optionally after a
+// layer norm.
+#include "tt_linear.h"
+
+namespace efft {
+
+namespace {
+
+ProducerArguments gelu(const std::string& approximate) {
+  ProducerArguments producer;
+  producer.kind = approximate == "tanh" ? Producer::gelu_tanh : Producer::gelu;
+  return producer;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tt_mlp_fwd(Tensor x, std::optional<Tensor> gamma,
+    std::optional<Tensor> beta, std::optional<double> eps, Tensor W1, std::optional<Tensor> b1, Tensor D1, Tensor G1,
+    Tensor W2, std::optional<Tensor> b2, Tensor D2, Tensor G2, std::string approximate) {
+  const int64_t statistics = eps.has_value() ? x.size(0) : 0;
+  ProducerArguments norm;
+  norm.mean = empty(x, {statistics}, ScalarType::Float);
+  norm.rstd = empty(x, {statistics}, ScalarType::Float);
+  if (eps.has_value()) norm = {Producer::norm, gamma, beta, *eps, norm.mean, norm.rstd};
+  const auto [z, h1] = linear_forward(x, norm, W1, b1, D1, G1);
+  const auto [y, h2] = linear_forward(z, gelu(approximate), W2, b2, D2, G2);
+  return {y, z, h1, h2, norm.mean, norm.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tt_mlp_bwd(Tensor gy, Tensor x,
+    Tensor z, std::optional<Tensor> gamma, std::optional<Tensor> beta, std::optional<double> eps, Tensor mean,
+    Tensor rstd, std::optional<Tensor> W1, std::optional<Tensor> W2, std::optional<Tensor> h1, std::optional<Tensor> h2,
+    Tensor D1, Tensor G1, Tensor D2, Tensor G2, std::string approximate, bool need_dx, bool need_dD1, bool need_dG1,
+    bool need_db1, bool need_dD2, bool need_dG2, bool need_db2, bool need_dgamma, bool need_dbeta) {
+  const Needs first{need_dx, need_dD1, need_dG1, need_db1, need_dgamma, need_dbeta};
+  const bool need_dz = need_dx || need_dD1 || need_dG1 || need_db1 || need_dgamma || need_dbeta;
+  const LinearBackward of_second =
+      linear_backward(gy, z, gelu(approximate), W2, h2, D2, G2, {need_dz, need_dD2, need_dG2, need_db2});
+  ProducerArguments norm;
+  if (eps.has_value())
+    norm = {Producer::norm, gamma, beta, *eps, torch::stable::contiguous(mean), torch::stable::contiguous(rstd)};
+  // If dz is not needed, no gradient of the first layer is, and dz has no elements.
+  const Tensor dz = need_dz ? of_second.dx : empty(z, {0, z.size(1)});
+  const LinearBackward of_first = linear_backward(dz, x, norm, W1, h1, D1, G1, first);
+  return {of_first.dx, of_first.dD, of_first.dG, of_first.db, of_second.dD, of_second.dG, of_second.db, of_first.dgamma,
+      of_first.dbeta};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(efft, CPU, library) {
+  library.impl("tt_mlp_fwd.cpu", TORCH_BOX(&tt_mlp_fwd));
+  library.impl("tt_mlp_bwd.cpu", TORCH_BOX(&tt_mlp_bwd));
+}
+
+}  // namespace
+
+}  // namespace efft
