@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import experts, generations, gpu, memory, quantized, serve, timeline
+from benchmarks import experts, fp8_products, generations, gpu, memory, quantized, serve, timeline
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.gpu import PARTS, Job, jobs, run_all
 from benchmarks.model import run as model_run
@@ -30,6 +30,7 @@ PARSERS = {
     "scaling": scaling_parser,
     "generations": generations.parser,
     "timeline": timeline.parser,
+    "fp8-products": fp8_products.parser,
 }
 ROOT = Path(__file__).parents[2]
 
@@ -66,10 +67,11 @@ def test_tests_come_first_then_what_matters_most() -> None:
         "tests of generation 3",
     ]
     after = names.index("tests of the ops, other backends") + 1
-    assert names[after : after + 6] == [
+    assert names[after : after + 7] == [
         "layers, all generations",
         "training step, all generations",
         "inference, batch 8",
+        "fp8 products",
         "inference, batch 8, 1000 adapters",
         "layers of ViT-B, bf16",
         "training step of ViT-B, bf16",
