@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -57,8 +58,8 @@ from efft_lab.record import append, machine_facts, quantiles
 
 VARIABLE = "EFFT_SM90_GENERATION"
 GENERATIONS = (1, 2, 3)
-#: Seconds after which a process that has not answered is stopped. A kernel of an untested generation may never end.
-TO_PREPARE, TO_MEASURE = 150.0, 30.0
+#: Seconds for one round of measurements. A process that needs more is stopped, because a kernel may never end.
+TO_MEASURE = 20.0
 
 #: A measured function is identified by its row and its variant. The variant is a phase of a layer ("fwd", "bwd" or
 #: "fwd_bwd"), or the way in which a step is launched ("launched" or "graph").
@@ -94,6 +95,10 @@ def step_rows(backend: Backend) -> list[model_rows.ModelRow]:
 class Task(Protocol):
     """Describe one measurement. The main process sends this object to the processes of the generations."""
 
+    @property
+    def to_prepare(self) -> float:
+        """Seconds for :meth:`prepare`, including the start of the process. A process that needs more is stopped."""
+
     def prepare(self) -> tuple[dict[Key, str | None], Measure]:
         """Build and check the rows in the current process.
 
@@ -113,6 +118,7 @@ class LayerTask:
     case: Case
     backend: Backend
     device: str
+    to_prepare: float = 45.0
 
     def prepare(self) -> tuple[dict[Key, str | None], Measure]:
         inputs = self.case.inputs(self.device)
@@ -144,6 +150,7 @@ class StepTask:
 
     setting: Setting
     backend: Backend
+    to_prepare: float = 80.0
 
     def prepare(self) -> tuple[dict[Key, str | None], Measure]:
         setting, gate = self.setting, Gate(self.setting)
@@ -224,7 +231,11 @@ def answer(connection: Connection) -> None:
 
 
 class Failed(RuntimeError):
-    """Report that the process of a generation failed, crashed or did not answer."""
+    """Report that the process of a generation failed or crashed."""
+
+
+class Hangs(Failed):
+    """Report that the process of a generation did not answer."""
 
 
 class Generation:
@@ -249,11 +260,16 @@ class Generation:
         except OSError:
             raise Failed(f"the process ended with exit code {self._exit_code()}") from None
 
-    def receive(self, seconds: float) -> dict[Key, Any]:
-        """Return the answer to the last request. Raise :class:`Failed` if there is none within ``seconds``."""
+    def receive(self, deadline: float) -> dict[Key, Any]:
+        """Return the answer to the last request.
+
+        Raises:
+            Hangs: there is no answer before ``deadline``, a time of ``time.monotonic``.
+            Failed: the answer is an error, or the process ended.
+        """
         try:
-            if not self._connection.poll(seconds):
-                raise Failed(f"the process did not answer within {seconds:g} s, so a kernel may never have ended")
+            if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+                raise Hangs("the process did not answer in time, so a kernel may never have ended")
             found = self._connection.recv()
         except (EOFError, OSError):
             raise Failed(f"the process ended with exit code {self._exit_code()}") from None
@@ -296,11 +312,16 @@ class Outcome:
 
 
 class Generations:
-    """Hold the processes of several generations. A process that failed is replaced before the next task."""
+    """Hold the processes of several generations.
+
+    A process that failed is replaced before the next task. A generation that did not answer is not measured again,
+    because waiting for it would take the time of the others.
+    """
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self._numbers = numbers
         self._running: dict[int, Generation] = {}
+        self._hanging: set[int] = set()
 
     def __enter__(self) -> Generations:
         return self
@@ -312,40 +333,47 @@ class Generations:
     def measure(self, task: Task, repeats: int) -> dict[int, Outcome]:
         """Let all generations prepare a task at the same time, and then measure it in turns, ``repeats`` times."""
         outcomes = {number: Outcome({}, {}) for number in self._numbers}
+        deadline = time.monotonic() + task.to_prepare
         for number in self._numbers:
+            if number in self._hanging:
+                outcomes[number].failure = "not measured: the process did not answer in an earlier measurement"
+                continue
             if number not in self._running:
                 self._running[number] = Generation(number)
             self._ask(number, task, outcomes)
-        for number, found in self._answers(TO_PREPARE, outcomes):
-            outcomes[number].reasons = found
-            outcomes[number].samples = {key: [] for key, reason in found.items() if reason is None}
+        for number in list(self._running):
+            reasons = self._answer(number, deadline, outcomes)
+            outcomes[number].reasons = reasons
+            outcomes[number].samples = {key: [] for key, reason in reasons.items() if reason is None}
         for _ in range(repeats):
             for number in list(self._running):
-                if self._ask(number, _MEASURE, outcomes):
-                    for _, found in self._answers(TO_MEASURE, outcomes, [number]):
-                        for key, seconds in found.items():
-                            outcomes[number].samples[key].append(seconds)
+                deadline = time.monotonic() + TO_MEASURE
+                self._ask(number, _MEASURE, outcomes)
+                for key, seconds in self._answer(number, deadline, outcomes).items():
+                    outcomes[number].samples[key].append(seconds)
         return outcomes
 
-    def _ask(self, number: int, request: object, outcomes: dict[int, Outcome]) -> bool:
+    def _ask(self, number: int, request: object, outcomes: dict[int, Outcome]) -> None:
         try:
             self._running[number].send(request)
         except Failed as error:
             self._give_up(number, error, outcomes)
-        return number in self._running
 
-    def _answers(
-        self, seconds: float, outcomes: dict[int, Outcome], numbers: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, dict[Key, Any]]]:
-        for number in list(self._running) if numbers is None else numbers:
-            try:
-                yield number, self._running[number].receive(seconds)
-            except Failed as error:
-                self._give_up(number, error, outcomes)
+    def _answer(self, number: int, deadline: float, outcomes: dict[int, Outcome]) -> dict[Key, Any]:
+        """Return the answer of a process, or an empty dictionary if the process failed now or before."""
+        if number not in self._running:
+            return {}
+        try:
+            return self._running[number].receive(deadline)
+        except Failed as error:
+            self._give_up(number, error, outcomes)
+            return {}
 
     def _give_up(self, number: int, error: Failed, outcomes: dict[int, Outcome]) -> None:
         outcomes[number].failure = f"failed: {error}"
         self._running.pop(number).stop()
+        if isinstance(error, Hangs):
+            self._hanging.add(number)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -252,10 +252,11 @@ def _pytest(
     # Most of the time is spent in compilers and imports. Therefore the tests run in parallel if pytest-xdist exists.
     several = ("-n", "auto", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     options = ("-m", "gpu", *(("-k", only) if only else ()))
-    # If a kernel never ends, the log shows the test that launched it.
-    quiet = ("-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark", "-o", "faulthandler_timeout=40")
+    quiet = ("-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark")
+    # If a kernel never ends, the log shows the test that launched it. A file that cannot be imported stops no test.
+    robust = ("-o", "faulthandler_timeout=40", "--continue-on-collection-errors")
     environment = {"OMP_NUM_THREADS": "1"} | ({} if generation is None else {VARIABLE: str(generation)})
-    arguments = ("-m", "pytest", *paths, *options, *quiet, *several)
+    arguments = ("-m", "pytest", *paths, *options, *quiet, *robust, *several)
     # pytest returns 5 if it finds no test, for instance on a CPU.
     return Job(name, arguments, share, fine=(0, 5), environment=environment, needs=needs)
 

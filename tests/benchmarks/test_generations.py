@@ -28,15 +28,18 @@ from tests.efft.graphs.emulation import EmulatedGraphs
 
 @dataclass(frozen=True)
 class Turns:
-    """A task that writes a line to a file at each measurement. Its second generation fails in the given way."""
+    """A task that writes its generation to a file at each measurement. Its second generation can have a fault."""
 
     path: Path
     fault: str = ""
+    to_prepare: float = 60.0
 
     def prepare(self) -> tuple[dict[compared.Key, str | None], Measure]:
         number = int(os.environ[compared.VARIABLE])
         if number == 2 and self.fault == "raises":
             raise RuntimeError("planted\nwith details")
+        if self.fault == "never prepares":
+            time.sleep(60)
 
         def measure() -> dict[compared.Key, float]:
             if number == 2 and self.fault == "crashes":
@@ -79,7 +82,7 @@ def test_generations_take_turns_and_each_reads_its_own_variable(
     [
         ("raises", "failed: RuntimeError: planted"),
         ("crashes", "failed: the process ended with exit code 7"),
-        ("hangs", "failed: the process did not answer within 2 s, so a kernel may never have ended"),
+        ("hangs", "failed: the process did not answer in time, so a kernel may never have ended"),
     ],
 )
 def test_a_generation_that_fails_does_not_stop_the_others(
@@ -94,8 +97,22 @@ def test_a_generation_that_fails_does_not_stop_the_others(
     assert [line["row"] for line in lines] == ["floor", "row", "other", None]
     assert lines[-1]["generation"] == 2
     assert lines[-1]["reason"] == reason
-    assert next_one.path.read_text() == "12", "the next task must get a new process"
-    assert sum(line["reason"] is None for line in after) == 4
+    if fault == "hangs":
+        assert next_one.path.read_text() == "1"
+        assert after[-1]["reason"] == "not measured: the process did not answer in an earlier measurement"
+    else:
+        assert next_one.path.read_text() == "12", "the next task must get a new process"
+        assert sum(line["reason"] is None for line in after) == 4
+
+
+@pytest.mark.slow
+def test_generations_that_do_not_prepare_in_time_share_a_deadline(tmp_path: Path) -> None:
+    task = Turns(tmp_path / "turns", "never prepares", to_prepare=4.0)
+    start = time.monotonic()
+    with Generations([1, 2, 3]) as generations:
+        lines = lines_of(task, generations.measure(task, repeats=1))
+    assert 4 <= time.monotonic() - start < 8
+    assert {line["reason"].partition(",")[0] for line in lines} == {"failed: the process did not answer in time"}
 
 
 @pytest.fixture
