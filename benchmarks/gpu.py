@@ -141,11 +141,11 @@ def tests(device: str, quick: bool, results: Path | None) -> list[Job]:
                 Job(
                     f"{tool} of generation {g}",
                     script,
-                    0.25,
+                    0.3,
                     environment={VARIABLE: str(g)},
                     under=(sanitizer or "compute-sanitizer", *options),
                     needs=(_no_sanitizer, *hopper),
-                    group=f"sanitizers of generation {g}",
+                    group="sanitizers",
                 )
             )
     for g in GENERATIONS:
