@@ -69,8 +69,14 @@ class ProducerOutput(Tensor):
         """
         if isinstance(self.module, nn.GELU):
             return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.module.approximate)
+        x, norm = self.norm_arguments()
+        return tt_norm_linear(x, W=W, b=b, D=D, G=G, **norm)
+
+    def norm_arguments(self) -> tuple[Tensor, dict[str, Any]]:
+        """Return the input of the LayerNorm, and its parameters as keyword arguments of an op."""
         norm = self.module
-        return tt_norm_linear(self._input(), norm.weight, norm.bias, W, b, D, G, eps=norm.eps)
+        assert isinstance(norm, nn.LayerNorm)
+        return self._input(), {"gamma": norm.weight, "beta": norm.bias, "eps": norm.eps}
 
     def _input(self) -> Tensor:
         if self.x._version != self.version:
@@ -174,9 +180,14 @@ def _computes_like_its_base(module: Any) -> bool:  # a LayerNorm or a GELU
 
 def unfuse_producer(module: nn.Module) -> None:
     """Undo :func:`fuse_producer`. Leave other modules unchanged."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, functools.partial) and forward.func is _forward:
+    if is_fused(module):
         del module.__dict__["forward"]
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Return whether :func:`fuse_producer` has changed ``module``."""
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, functools.partial) and forward.func is _forward
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from efft.adapting.inject import adapted_layers, adapter_of
+from efft_kernels.nn.mlp import fuse_mlp, unfuse_mlp
 from efft_kernels.nn.producers import fuse_producer, unfuse_producer
 
 
@@ -27,12 +28,16 @@ def fuse(model: nn.Module) -> list[str]:
     adapter_of(model)
     beside = {parent for name in adapted_layers(model) for parent in _parents(name)}
     near = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[0] in beside]
-    return [name for name, module in near if fuse_producer(module)]
+    fused = [name for name, module in near if fuse_producer(module)]
+    for name in beside:
+        fuse_mlp(model.get_submodule(name))
+    return fused
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse`, and return the same ``model``."""
     for module in model.modules():
+        unfuse_mlp(module)
         unfuse_producer(module)
     return model
 
