@@ -2,8 +2,9 @@
 
 :func:`fuse_mlp` replaces the forward method of the module that calls these layers. It does so only if this method does
 nothing but call submodules, each with the output of the previous one. The names of these submodules in the order of the
-calls are the *chain* of the module. To find the chain, the method is called with a :class:`_Recorder` in place of the
-module and with a marker in place of the input.
+calls are the *chain* of the module. To find the chain, the method is called with a :class:`_Recorder` instead of the
+module and with a :class:`_Marker` instead of the input. In addition, the code of the method must contain no names
+except those of the submodules. Therefore it cannot use anything else, such as a context that disables autocast.
 
 A call of a fused module checks that each submodule from the first layer to the second one is what ``tt_mlp`` computes.
 Otherwise it calls the submodules as usual. The output of the first layer is never visible outside of the op. Therefore
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from efft_kernels.nn.frozen import stored_in
 from efft_kernels.nn.linear import EfftLinear, multiplies_plainly
-from efft_kernels.nn.producers import ProducerOutput, is_fused
+from efft_kernels.nn.producers import ProducerOutput, approximation
 from efft_kernels.ops import tt_mlp
 
 
@@ -78,62 +80,79 @@ class _Refused(Exception):
     """Report that a forward method does something other than to call submodules."""
 
 
+class _Marker:
+    """Stand in for a tensor that only submodules may use."""
+
+    def __bool__(self) -> bool:
+        raise _Refused("the forward method depends on its input")
+
+
 class _Recorder:
     """Stand in for a module in a call of its forward method, and record the names of the submodules that it calls.
 
-    Each submodule returns another marker, and accepts only the marker that the previous submodule returned. The method
-    therefore can neither use an output twice nor compute anything with it.
+    Each submodule returns a new marker, and accepts only the marker that the previous submodule returned. Therefore the
+    method can neither use an output twice nor compute anything with it.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.__dict__["_state"] = (module._modules, [], [object()])
+        self.__dict__["_state"] = (module._modules, [], [_Marker()])
 
     def __getattr__(self, name: str) -> Any:
         modules, names, markers = self.__dict__["_state"]
         if modules.get(name) is None:
-            raise _Refused(name)
+            raise _Refused(f"the forward method uses {name!r}, which is not a submodule")
 
         def call(marker: object) -> object:
             if marker is not markers[-1]:
-                raise _Refused(name)
+                raise _Refused(f"the input of {name!r} is not the output of the previous submodule")
             names.append(name)
-            markers.append(object())
+            markers.append(_Marker())
             return markers[-1]
 
         return call
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise _Refused(name)
+        raise _Refused(f"the forward method sets {name!r}")
 
 
-def _names(module: Any) -> list[str] | None:
-    """Return the names of the submodules that the forward method calls in turn; None if it does anything else."""
+def _names(module: Any) -> list[str]:
+    """Return the names of the submodules that the forward method calls in turn; none if it does anything else."""
     forward = type(module).forward
     if forward is nn.Sequential.forward:
         return list(module._modules)
+    if not isinstance(forward, FunctionType):
+        return []
     recorder = _Recorder(module)
     _, names, markers = recorder.__dict__["_state"]
     try:
         result = forward(recorder, markers[0])
     except Exception:  # raised by any use of the recorder or of a marker that these do not support
-        return None
-    return names if result is markers[-1] and len(set(names)) == len(names) else None
+        return []
+    code, used = forward.__code__, set(names)
+    only_calls = used.issuperset(code.co_names) and not code.co_freevars
+    only_calls &= not any(isinstance(constant, CodeType) for constant in code.co_consts)  # code of inner functions
+    return names if only_calls and result is markers[-1] and len(used) == len(names) else []
 
 
 def _chain_of(module: Any) -> _Chain | None:
     """Return the chain of the first MLP among the submodules that ``module`` calls; None if there is no MLP."""
-    names = _names(module) or []
+    children = list(module._modules.values())
+    if sum(type(child) is EfftLinear for child in children) < 2 or not any(map(_is_gelu, children)):
+        return None
+    names = _names(module)
     kinds = [module._modules[name] for name in names]
     layers = [i for i, kind in enumerate(kinds) if type(kind) is EfftLinear]
     for first, second in itertools.pairwise(layers):
-        gelus = [i for i in range(first + 1, second) if isinstance(kinds[i], nn.GELU)]
+        gelus = [i for i in range(first + 1, second) if _is_gelu(kinds[i])]
         others = [kinds[i] for i in range(first + 1, second) if i not in gelus]
-        if len(gelus) == 1 and is_fused(kinds[gelus[0]]) and all(isinstance(other, _PASSIVE) for other in others):
+        if len(gelus) == 1 and all(isinstance(other, (nn.Identity, nn.Dropout)) for other in others):
             return _Chain(tuple(names), first, gelus[0], second, type(module).forward is nn.Sequential.forward)
     return None
 
 
-_PASSIVE = (nn.Identity, nn.Dropout)
+def _is_gelu(module: nn.Module | None) -> bool:
+    """Return whether ``module`` is a GELU that :func:`efft_kernels.nn.producers.fuse_producer` has fused."""
+    return module is not None and approximation(module) is not None
 
 
 def _forward(module: Any, chain: _Chain, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +188,7 @@ def _can_run(modules: Any, chain: _Chain) -> bool:
         if any(own.get(hooks) for hooks in _HOOKS):
             return False
         if i == chain.gelu:
-            if not (isinstance(module, nn.GELU) and is_fused(module)):
+            if not _is_gelu(module):
                 return False
         elif "forward" in own:
             return False
@@ -197,16 +216,17 @@ def _is_frozen(layer: EfftLinear) -> bool:
 
 
 def _is_input(x: object) -> bool:
-    """Return whether ``x`` is an ordinary tensor, or the postponed output of a LayerNorm."""
-    return type(x) is Tensor or (isinstance(x, ProducerOutput) and isinstance(x.module, nn.LayerNorm))
+    """Return whether ``x`` is an ordinary tensor or the postponed output of a LayerNorm."""
+    return x.approximate is None if isinstance(x, ProducerOutput) else type(x) is Tensor
 
 
-def _mlp(x: Tensor, first: EfftLinear, gelu: nn.GELU, second: EfftLinear) -> Tensor:
+def _mlp(x: Tensor, first: EfftLinear, gelu: nn.Module, second: EfftLinear) -> Tensor:
     operands = [
         (stored_in(layer, "weight"), layer.bias, *layer.factors.down_up(layer.binding)) for layer in (first, second)
     ]
     (W1, b1, D1, G1), (W2, b2, D2, G2) = operands
     norm: dict[str, Any] = {}
     if isinstance(x, ProducerOutput):
-        x, norm = x.norm_arguments()
-    return tt_mlp(x, W1, b1, D1, G1, W2, b2, D2, G2, **norm, approximate=gelu.approximate)
+        changed = x.changed()
+        x, norm = x.norm_arguments() if changed is None else (changed, {})
+    return tt_mlp(x, W1, b1, D1, G1, W2, b2, D2, G2, **norm, approximate=approximation(gelu) or "none")

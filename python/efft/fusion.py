@@ -1,4 +1,4 @@
-"""Save memory in training by computing layer norms and GELUs inside the adapted layers that follow them."""
+"""Save memory in training by computing layer norms and GELUs in the same op as the adapted layers that follow them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ def fuse(model: nn.Module) -> list[str]:
 
     The backward pass computes the outputs of these modules again, so they are not stored. This saves about a quarter to
     a third of the memory that a transformer block needs for the backward pass, and each output is computed once more.
-    Results are equal up to rounding. Parameters, names and saved files do not change. Code that ``torch.compile``
-    compiles is not affected. :func:`unfuse` and ``efft.remove`` undo the fusion.
+    If a module does nothing but call two adapted layers with a GELU between them, one op computes all of them. Results
+    are equal up to rounding. Parameters, names and saved files do not change. Code that ``torch.compile`` compiles is
+    not affected. :func:`unfuse` and ``efft.remove`` undo the fusion.
 
     Returns:
         The names of all LayerNorms and GELUs in the modules around adapted layers. Only a forward pass shows which of
