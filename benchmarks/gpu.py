@@ -175,8 +175,8 @@ def speed(device: str, quick: bool, results: Path | None) -> list[Job]:
         bench("layers, all generations", 0.35, layers),
         bench("training step, all generations", 0.45, step),
         bench("inference, batch 8", 0.3, serve),
-        bench("fp8 products", 0.15, "fp8-products --quick" if quick else "fp8-products"),
-        # The rows of the job before are repeated, because the tables of the documentation show only the newest run.
+        _bench("fp8 products", 0.15, "fp8-products --quick" if quick else "fp8-products", device, results),
+        # All rows are measured again, because the tables of the documentation show only the newest run.
         *([] if quick else [bench("inference, batch 8, 1000 adapters", 0.5, f"{serve} graph:pool:1000")]),
     ]
 
