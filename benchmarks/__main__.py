@@ -31,6 +31,7 @@ COMMANDS = {
         "efft_lab.studies.extras.command",
         "study which parameters to train in addition to the shared factors, and at which rates",
     ),
+    "fp8": ("efft_lab.studies.fp8", "study the accuracy of EFFT with frozen products in emulated 8-bit formats"),
     "text": ("efft_lab.studies.text", "compare EFFT2, LoRA and a linear probe on a text transformer"),
     "convolutions": (
         "efft_lab.studies.convolutions",
@@ -39,12 +40,18 @@ COMMANDS = {
     "kinds": ("benchmarks.kinds", "compare adapted attention and Conv1D layers with LoRA and with dense updates"),
     "host": ("benchmarks.host", "count dispatcher calls, Python calls and microseconds of one layer on the host"),
     "planning": ("benchmarks.planning", "time efft.inspect for models with thousands of layers"),
+    "fp8-products": ("benchmarks.fp8_products", "compare the time of fp8 and bf16 products of a ViT-B block"),
     "models": ("benchmarks.models", "find the adapted layers of every architecture of timm and transformers"),
+    "generations": (
+        "benchmarks.generations",
+        "compare the generations of the CUDA kernels, in processes that take turns",
+    ),
+    "timeline": ("benchmarks.timeline", "list the kernels of a block and of a training step, with their times"),
     "steps": ("benchmarks.steps", "predict the gain of each planned change to the cuda backend; measures nothing"),
     "compare": ("benchmarks.compare", "find slowdowns between two result files or two revisions"),
     "plot": ("benchmarks.plots", "draw pictures from result files"),
     "tables": ("benchmarks.readme", "write the documentation's tables from result files"),
-    "gpu": ("benchmarks.gpu", "run all benchmarks, the most important first, within a time budget"),
+    "gpu": ("benchmarks.gpu", "run tests and benchmarks on a GPU, the most important first, within a time budget"),
 }
 
 

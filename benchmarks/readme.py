@@ -4,7 +4,8 @@
     python -m benchmarks tables ops_gpu  # prints one table
 
 In a page, a table stands between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``. The table ``parameters``
-is computed with the library and has no result file. The tests fail if a page differs from the output of this module.
+is computed with the library and has no result file. The table ``fp8_block`` contains predictions. The tests fail if a
+page differs from the output of this module.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from benchmarks import tables
+from benchmarks import fp8_block, tables
 from benchmarks.markdown import table
 from efft_lab.record import RESULTS
 
@@ -146,6 +147,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "parameters": parameters,
     **tables.TABLES,
+    "fp8_block": fp8_block.predictions,
     "accuracy": partial(accuracy, "local"),
     "comparisons": partial(accuracy, "local", "comparisons"),
     "accuracy_efft2": partial(accuracy, "local_efft2"),

@@ -1,7 +1,8 @@
 """Format results as tables for the documentation. A list of the sources of the numbers follows each table.
 
 Most tables show the newest run in a result file. :func:`host` shows the first and the newest run. :func:`subspaces`,
-:func:`starts`, :func:`extras` and :func:`study` combine several runs, and use the newest line of each measurement.
+:func:`starts`, :func:`extras`, :func:`fp8` and :func:`study` combine several runs, and use the newest line of each
+measurement.
 
 In most tables a row is one implementation in a comparison. The row "floor" of the result files is the frozen baseline:
 the layer or model without an update. It computes only the gradients that every method needs. The head of a model is
@@ -44,6 +45,9 @@ TITLES = {
     "merged": "EFFT2 merged into the weights",
     **{f"pool:{n}": f"EFFT2, one of {n} adapters per image" for n in (10, 100, 1000)},
     "pool:1": "EFFT2, one adapter from a pool",
+    "graph:base": "plain model, CUDA graph",
+    "graph:efft": "EFFT2, CUDA graph",
+    **{f"graph:pool:{n}": f"EFFT2, one of {n} adapters per image, CUDA graph" for n in (10, 1000)},
     "peft": "LoRA of `peft`",
     "addmm": "LoRA by hand, `addmm_`",
     "lorafusion": "LoRA split as in LoRAFusion",
@@ -422,6 +426,73 @@ def extras() -> str:
     return with_sources(header, rows, {f"tasks {tasks}; seeds {seeds}": [source]})
 
 
+def dropout() -> str:
+    """Return the table of the default configuration with dropout, compared with no dropout, by length of training.
+
+    Each run with dropout is compared with the run without it that has the same task, seed and length.
+    """
+    plain, dropped = variants = (_DEFAULT_EXTRAS, f"{_DEFAULT_EXTRAS} dropout0.1")
+    found: dict[tuple[int, int], dict[str, dict[tuple[str, int], Line]]] = {}
+    for line in (*read("extras"), *read("extras_long")):
+        variant, _, length = line["variant"].partition(" e")
+        if line["stage"] == "explore" and variant in variants:
+            epochs = int(length.split()[0]) if length else 10
+            of_length = found.setdefault((epochs, line["updates"]), {plain: {}, dropped: {}})
+            of_length[variant][line["task"], line["seed"]] = line
+    rows, lines = [], []
+    for (epochs, updates), runs in sorted(found.items()):
+        pairs = [(line, runs[plain][run]) for run, line in runs[dropped].items() if run in runs[plain]]
+        if pairs:
+            lines += [line for pair in pairs for line in pair]
+            points = (_difference(pairs, f"{role}_accuracy") for role in ("dev", "test"))
+            tasks = ", ".join(dict.fromkeys(line["task"] for line, _ in pairs))
+            rows.append([str(epochs), f"{updates:,}", tasks, str(len(pairs)), *points])
+    if not rows:
+        return NOTHING
+    header = ["epochs", "updates", "tasks", "pairs of runs", "validation, points", "test, points"]
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    source = {**lines[-1], "commit": commits, "command": "python -m benchmarks extras run --stage explore"}
+    return with_sources(header, rows, {"": [source]})
+
+
+_FP8_SUITE, _FP8_METHOD = "twelve", "EFFT, auto"
+_FP8 = {
+    "bf16": "none (bf16)",
+    "e4m3": "`x`, `W` and `gy` to e4m3, one scale per row",
+    "e5m2": "`x` and `W` to e4m3, `gy` to e5m2, one scale per row",
+    "tensor": "`x` and `W` to e4m3, `gy` to e5m2, one scale per tensor",
+    "forward": "only `x` and `W` to e4m3, one scale per row",
+}
+
+
+def fp8() -> str:
+    """Return the table of the study ``fp8``: errors before training, and accuracies compared with those in bf16.
+
+    Each run is compared with the run in bf16 of the suite ``twelve`` that has the same task and seed.
+    """
+    lines = read("fp8")
+    if not lines:
+        return NOTHING
+    of_suite = [x for x in read(f"compare_{_FP8_SUITE}") if (x["method"], x["stage"]) == (_FP8_METHOD, "final")]
+    bf16 = {(x["task"], x["seed"]): x for x in of_suite}
+    rows = []
+    for name in sorted({line["setting"] for line in lines}, key=list(_FP8).index):
+        of_setting = {(x["task"], x["seed"]): x for x in lines if x["setting"] == name}
+        trained = {(x["task"], x["seed"]): x for x in lines if x["setting"] == name and "test_accuracy" in x}
+        found = [f"{fmean(x[f'{what}_error'] for x in of_setting.values()):.1%}" for what in ("logits", "gradients")]
+        pairs = [(line, bf16[run]) for run, line in trained.items() if run in bf16]
+        means = [f"{fmean(100 * x['test_accuracy'] for x in runs):.1f}" for runs in zip(*pairs, strict=True)] or ["-"]
+        rows.append([_FP8[name], *found, str(len(pairs)), means[-1], means[0], _difference(pairs, "test_accuracy")])
+    header = ["rounding", "error of the logits", "error of the gradients", "runs"]
+    header += ["accuracy in bf16, %", "accuracy, %", "difference, points"]
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    tasks = ", ".join(dict.fromkeys(line["task"] for line in lines))
+    seeds = ", ".join(dict.fromkeys(str(line["seed"]) for line in lines))
+    # The commands differ only in settings, tasks and seeds.
+    source = {**lines[-1], "commit": commits, "command": "python -m benchmarks fp8"}
+    return with_sources(header, rows, {f"tasks {tasks}; seeds {seeds}": [source]})
+
+
 def _difference(pairs: Sequence[tuple[Line, Line]], field: str) -> str:
     """Return the mean difference of ``field`` within the pairs and its standard error, in percentage points."""
     points = [100 * (line[field] - other[field]) for line, other in pairs]
@@ -429,6 +500,30 @@ def _difference(pairs: Sequence[tuple[Line, Line]], field: str) -> str:
         return "-"
     error = f" ± {stdev(points) / len(points) ** 0.5:.1f}" if len(points) > 1 else ""
     return f"{fmean(points):+.1f}{error}"
+
+
+_FP8_ROWS = {
+    "fp8": "one scale per row",
+    "fp8-slow": "one scale per row, without fast accumulation",
+    "fp8-tensor": "one scale per tensor",
+}
+
+
+def fp8_products() -> str:
+    """Return the table of fp8 products on the GPU: times relative to bf16 for each product, and for all of them."""
+    (run,) = newest("fp8_products", device="cuda").values() or [[]]
+    if not run:
+        return NOTHING
+    base = {(x["case"], way): x["seconds"][way]["p50"] for x in run if x["row"] == "bf16" for way in ("fwd", "bwd")}
+    rows = []
+    for name, title in _FP8_ROWS.items():
+        timed = {x["case"]: x for x in run if x["row"] == name and "seconds" in x}
+        cells = [f"{timed[case]['ratio'][way]['p50']:.2f}" if case in timed else "-" for case, way in base]
+        total = sum(timed[case]["seconds"][way]["p50"] for case, way in base if case in timed)
+        complete = all(case in timed for case, _ in base)
+        rows.append([title, *cells, f"{total / sum(base.values()):.2f}" if complete else "-"])
+    header = ["time in fp8 / in bf16", *(f"{case}, {way}" for case, way in base), "all"]
+    return with_sources(header, rows, {"": run})
 
 
 def study(name: str) -> str:
@@ -458,7 +553,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "subspaces": subspaces,
     "extras": extras,
+    "dropout": dropout,
     "starts": starts,
+    "fp8": fp8,
+    "fp8_products": fp8_products,
     "kinds": partial(kinds, "cpu"),
     "planning": planning,
     "host": host,

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efft_kernels.ops import tt_gelu_linear, tt_norm_linear
+from efft_kernels.ops import tt_gelu_linear, tt_linear, tt_norm_linear
 
 
 class ProducerOutput(Tensor):
@@ -27,18 +29,24 @@ class ProducerOutput(Tensor):
     Attributes:
         module: the producer.
         x: the input of the producer.
+        approximate: which GELU the producer computes, "none" or "tanh"; None if it is a LayerNorm.
         version: the version counter of ``x`` when the producer was called.
+        computed: values that were computed and that another operation may change or has changed in place, each with its
+            version counter before the change.
     """
 
-    module: nn.LayerNorm | nn.GELU
+    module: nn.Module
     x: Tensor
+    approximate: str | None
     version: int
+    computed: list[tuple[Tensor, int]]
 
     @staticmethod
-    def of(module: nn.LayerNorm | nn.GELU, x: Tensor) -> ProducerOutput:
+    def of(module: nn.Module, x: Tensor, approximate: str | None) -> ProducerOutput:
         """Return ``module(x)`` without computing it."""
-        output = _Postpone.apply(x, module, *module.parameters())
-        output.module, output.x, output.version = module, x, x._version
+        output: ProducerOutput = _Postpone.apply(x, module, *module.parameters())
+        output.module, output.x, output.approximate = module, x, approximate
+        output.version, output.computed = x._version, []
         return output
 
     @classmethod
@@ -48,8 +56,19 @@ class ProducerOutput(Tensor):
             return super().__torch_function__(func, types, args, kwargs)
         if func is torch.nn.functional.dropout and _drops_nothing(*args, **kwargs):
             return args[0]
-        args, kwargs = torch.utils._pytree.tree_map_only(ProducerOutput, ProducerOutput.value, (args, kwargs))
-        return func(*args, **kwargs)
+        found: list[tuple[ProducerOutput, Tensor, int]] = []
+
+        def value(output: ProducerOutput) -> Tensor:
+            value = output.value()
+            found.append((output, value, value._version))
+            return value
+
+        args, kwargs = torch.utils._pytree.tree_map_only(ProducerOutput, value, (args, kwargs))
+        result = func(*args, **kwargs)
+        for output, values, version in found:
+            if values._version != version or _may_change(values, result):
+                output.computed.append((values, version))
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -59,18 +78,38 @@ class ProducerOutput(Tensor):
         )
 
     def value(self) -> Tensor:
-        """Compute the ordinary tensor with the module's own forward method."""
-        return _compute(self.module, self._input())
+        """Compute the ordinary tensor with the module's own forward method. Include changes made in place."""
+        changed = self.changed()
+        return _compute(self.module, self._input()) if changed is None else changed
+
+    def changed(self) -> Tensor | None:
+        """Return the values if another operation has changed them in place, else None."""
+        changed = {id(value): value for value, version in self.computed if value._version != version}
+        if len(changed) > 1:
+            raise RuntimeError(
+                f"the output of a fused {type(self.module).__name__} was changed in place through several views; "
+                "change a copy, or undo the fusion with efft.unfuse(model)"
+            )
+        return next(iter(changed.values()), None)
 
     def linear(self, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor) -> Tensor:
         """Compute ``a Wᵀ + b + (a D) G`` ``[..., d_out]`` for the producer's output ``a``, without saving ``a``.
 
         ``W`` is a plain ``[d_out, d_in]`` tensor. It gets no gradient; ``b`` and a norm's parameters may get gradients.
         """
-        if isinstance(self.module, nn.GELU):
-            return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.module.approximate)
+        changed = self.changed()
+        if changed is not None:
+            return tt_linear(changed, W, b, D, G)
+        if self.approximate is not None:
+            return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.approximate)
+        x, norm = self.norm_arguments()
+        return tt_norm_linear(x, W=W, b=b, D=D, G=G, **norm)
+
+    def norm_arguments(self) -> tuple[Tensor, dict[str, Any]]:
+        """Return the input of the LayerNorm, and its parameters as keyword arguments of an op."""
         norm = self.module
-        return tt_norm_linear(self._input(), norm.weight, norm.bias, W, b, D, G, eps=norm.eps)
+        assert isinstance(norm, nn.LayerNorm)
+        return self._input(), {"gamma": norm.weight, "beta": norm.bias, "eps": norm.eps}
 
     def _input(self) -> Tensor:
         if self.x._version != self.version:
@@ -119,6 +158,13 @@ _METADATA = {
 }
 
 
+def _may_change(value: Tensor, result: Any) -> bool:
+    """Return whether ``result`` contains a tensor in the memory of ``value``, through which ``value`` may change."""
+    storage = value.untyped_storage().data_ptr()
+    tensors = (leaf for leaf in torch.utils._pytree.tree_leaves(result) if type(leaf) is Tensor)
+    return any(tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() == storage for tensor in tensors)
+
+
 def _drops_nothing(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
     return isinstance(input, ProducerOutput) and (p == 0 or not training)
 
@@ -131,55 +177,99 @@ def fuse_producer(module: nn.Module) -> bool:
     hooks.
 
     Returns:
-        Whether the module was fused. It must be a LayerNorm over one dimension or a GELU, or an instance of a subclass
-        that computes the same. Otherwise nothing is changed. This also holds if the module is fused already, or if its
-        ``forward`` was replaced on the instance.
+        Whether the module was fused. It must be a LayerNorm over one dimension, an instance of a subclass that computes
+        the same, or a module that computes a GELU. Otherwise nothing is changed. This also holds if the module is fused
+        already, or if its ``forward`` was replaced on the instance.
     """
-    if "forward" in module.__dict__ or not (
-        isinstance(module, nn.GELU) or (isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1)
-    ):
+    if "forward" in module.__dict__:
         return False
-    if not _computes_like_its_base(module):
-        return False
-    module.__dict__["forward"] = functools.partial(_forward, module)
+    if isinstance(module, nn.LayerNorm):
+        approximate = None
+        if len(module.normalized_shape) != 1 or not _computes(module, nn.LayerNorm.forward, _random(module)):
+            return False
+    else:
+        approximate = _gelu_of(module)
+        if approximate is None:
+            return False
+    module.__dict__["forward"] = functools.partial(_forward, module, approximate=approximate)
     return True
 
 
-def _computes_like_its_base(module: Any) -> bool:  # a LayerNorm or a GELU
-    """Return whether the module computes the formula of its base class.
+def _gelu_of(module: nn.Module) -> str | None:
+    """Return which GELU the module computes, "none" or "tanh" as in ``torch.nn.functional.gelu``; None if it does not.
+
+    Libraries have their own classes for the GELU. Such a class has "gelu" in its name. The function therefore calls no
+    other modules, whose calls may have effects.
+    """
+    x = _random(module)
+    if isinstance(module, nn.GELU):
+        return module.approximate if _computes(module, nn.GELU.forward, x) else None
+    if "gelu" not in type(module).__name__.lower() or module._parameters or module._buffers or module._modules:
+        return None
+    for approximate in ("none", "tanh"):
+        if _computes(module, functools.partial(_gelu, approximate=approximate), x):
+            return approximate
+    return None
+
+
+def _gelu(module: nn.Module, x: Tensor, *, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+def _random(module: nn.Module) -> Tensor:
+    """Return random inputs ``[2, 3, width]`` of a LayerNorm or a GELU. Some of those of a GELU are large."""
+    width = module.normalized_shape[0] if isinstance(module, nn.LayerNorm) else 8
+    x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x if isinstance(module, nn.LayerNorm) else x * torch.tensor([1, 1, 1, 1, 3, 10, 100, 1000])
+
+
+def _computes(module: Any, formula: Callable[[Any, Tensor], Tensor], x: Tensor) -> bool:
+    """Return whether the forward method of ``module`` computes the same as ``formula`` for the input ``x``.
 
     A subclass with its own forward method may compute something else, such as a LayerNorm that adds 1 to its weight.
-    The function therefore calls that method with random numbers in place of the input and of the parameters.
+    The function therefore replaces the parameters by random numbers.
     """
-    base = nn.GELU if isinstance(module, nn.GELU) else nn.LayerNorm
-    if type(module).forward is base.forward:
+    if type(module).forward is formula:
         return True
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     probe = copy.copy(module)
     probe.__dict__["_parameters"] = {
         name: None if value is None else torch.randn(value.shape, generator=generator, dtype=torch.float64)
         for name, value in module._parameters.items()
     }
-    width = 8 if isinstance(module, nn.GELU) else module.normalized_shape[0]
-    x = torch.randn(2, 3, width, generator=generator, dtype=torch.float64)
     try:
         with torch.no_grad():
-            got = type(module).forward(probe, x)
-            expected = base.forward(probe, x)
+            got = type(module).forward(probe, x.clone())
+            expected = formula(probe, x)
     except Exception:  # the method needs something that the probe lacks, or an input of another shape
         return False
-    # Subclasses that compute in fp32 are plain as well.
+    # Modules that compute in fp32 are plain as well.
     return got.shape == expected.shape and torch.allclose(got.to(torch.float64), expected, rtol=1e-4, atol=1e-4)
 
 
 def unfuse_producer(module: nn.Module) -> None:
     """Undo :func:`fuse_producer`. Leave other modules unchanged."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, functools.partial) and forward.func is _forward:
+    if is_fused(module):
         del module.__dict__["forward"]
 
 
-def _forward(module: Any, x: Tensor) -> Tensor:
+def is_fused(module: nn.Module) -> bool:
+    """Return whether :func:`fuse_producer` has changed ``module``."""
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, functools.partial) and forward.func is _forward
+
+
+def approximation(module: nn.Module) -> str | None:
+    """Return which GELU a fused module computes, "none" or "tanh"; None for a LayerNorm and for other modules."""
+    if not is_fused(module):
+        return None
+    if isinstance(module, nn.GELU):
+        return module.approximate  # may have changed since the module was fused
+    found: str | None = module.__dict__["forward"].keywords["approximate"]
+    return found
+
+
+def _forward(module: Any, x: Tensor, *, approximate: str | None) -> Tensor:
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -189,7 +279,9 @@ def _forward(module: Any, x: Tensor) -> Tensor:
         or any(getattr(module, hooks) for hooks in _HOOKS)
     ):
         return _compute(module, x)
-    return ProducerOutput.of(module, x)
+    if isinstance(module, nn.GELU):
+        approximate = module.approximate  # may have changed since the module was fused
+    return ProducerOutput.of(module, x, approximate)
 
 
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -1,10 +1,11 @@
-"""Save memory in training by computing layer norms and GELUs inside the adapted layers that follow them."""
+"""Save memory in training by computing layer norms and GELUs in the same op as the adapted layers that follow them."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from efft.adapting.inject import adapted_layers, adapter_of
+from efft_kernels.nn.mlp import fuse_mlp, unfuse_mlp
 from efft_kernels.nn.producers import fuse_producer, unfuse_producer
 
 
@@ -13,8 +14,9 @@ def fuse(model: nn.Module) -> list[str]:
 
     The backward pass computes the outputs of these modules again, so they are not stored. This saves about a quarter to
     a third of the memory that a transformer block needs for the backward pass, and each output is computed once more.
-    Results are equal up to rounding. Parameters, names and saved files do not change. Code that ``torch.compile``
-    compiles is not affected. :func:`unfuse` and ``efft.remove`` undo the fusion.
+    If a module does nothing but call two adapted layers with a GELU between them, one op computes all of them. Results
+    are equal up to rounding. Parameters, names and saved files do not change. Code that ``torch.compile`` compiles is
+    not affected. :func:`unfuse` and ``efft.remove`` undo the fusion.
 
     Returns:
         The names of all LayerNorms and GELUs in the modules around adapted layers. Only a forward pass shows which of
@@ -27,12 +29,16 @@ def fuse(model: nn.Module) -> list[str]:
     adapter_of(model)
     beside = {parent for name in adapted_layers(model) for parent in _parents(name)}
     near = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[0] in beside]
-    return [name for name, module in near if fuse_producer(module)]
+    fused = [name for name, module in near if fuse_producer(module)]
+    for name in beside:
+        fuse_mlp(model.get_submodule(name))
+    return fused
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo :func:`fuse`, and return the same ``model``."""
     for module in model.modules():
+        unfuse_mlp(module)
         unfuse_producer(module)
     return model
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import efft
+from efft_kernels.nn import mlp
 from efft_kernels.nn.producers import ProducerOutput
 
 
@@ -28,11 +29,25 @@ def adapted(name: str = "test_vit", **config: Any) -> nn.Module:
     return model
 
 
+@pytest.fixture
+def mlps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list to which every MLP that runs as one op appends its keyword arguments."""
+    found: list[Any] = []
+    op = mlp.tt_mlp
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        found.append(kwargs)
+        return op(*args, **kwargs)
+
+    monkeypatch.setattr(mlp, "tt_mlp", noted)
+    return found
+
+
 def images(model: nn.Module) -> Tensor:
     return torch.randn(2, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(1))
 
 
-def step(model: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
+def step(model: nn.Module, x: Tensor, forward: Any = None) -> tuple[list[Tensor], int]:
     """Return the output and the gradients of a training step, and the bytes of saved tensors without the parameters."""
     kept = {}
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -44,12 +59,13 @@ def step(model: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
+        y = (forward or model)(x)
     n_bytes = sum(n for n, _ in kept.values())
-    return [y, *torch.autograd.grad(y.square().sum(), [p for p in model.parameters() if p.requires_grad])], n_bytes
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    return [y, *torch.autograd.grad(y.square().sum(), leaves, materialize_grads=True)], n_bytes
 
 
-def test_the_same_in_less_memory() -> None:
+def test_the_same_in_less_memory(mlps: list[Any]) -> None:
     model = adapted().train()
     x = images(model)
     before, kept_before = step(model, x)
@@ -62,6 +78,50 @@ def test_the_same_in_less_memory() -> None:
     for got, expected in zip(after, before, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert kept_after < 0.7 * kept_before
+    assert len(mlps) == len(model.blocks)
+    assert mlps[0]["gamma"] is model.blocks[0].norm2.weight
+
+
+def transformer(architecture: str, **config: Any) -> tuple[nn.Module, Any]:
+    """Return an adapted model of transformers and a function that returns its output."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    settings = getattr(transformers, f"{architecture}Config")(**sizes, **config)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}Model")(settings)
+    efft.apply(model, efft.EfftConfig(rank=4, dropout=0.0, head=[]))
+    for _, factor in efft.named_factors(model):
+        nn.init.normal_(factor, std=0.2)
+    return model.double().eval(), lambda model: lambda x: model(x).last_hidden_state
+
+
+PIXELS = {"image_size": 16, "patch_size": 8}
+#: The models of transformers, with the number of MLPs that run as one op.
+TRANSFORMERS = {
+    "ViT": ({**PIXELS, "hidden_act": "gelu"}, 2),
+    "SiglipVision": ({**PIXELS, "hidden_act": "gelu_pytorch_tanh"}, 2),
+    "Bert": ({"vocab_size": 50, "hidden_act": "gelu_new"}, 0),  # its two layers belong to different modules
+    "CLIPVision": ({**PIXELS, "hidden_act": "quick_gelu"}, 0),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_models_of_transformers(name: str, mlps: list[Any]) -> None:
+    config, n_mlps = TRANSFORMERS[name]
+    model, output = transformer(name, **config)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    if name == "Bert":
+        x = torch.randint(50, (2, 9), generator=generator)
+    before, kept_before = step(model, x, output(model))
+    names = efft.fuse(model)
+    after, kept_after = step(model, x, output(model))
+    torch.testing.assert_close(after, before)
+    assert kept_after < kept_before
+    assert len(mlps) == n_mlps
+    gelus = [name for name in names if not isinstance(model.get_submodule(name), nn.LayerNorm)]
+    assert len(gelus) == (0 if config["hidden_act"] == "quick_gelu" else 2)
 
 
 @pytest.mark.parametrize("name", ["test_vit2", "test_vit3", "test_vit4", "swin_tiny_patch4_window7_224"])

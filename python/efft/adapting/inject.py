@@ -30,6 +30,7 @@ from efft_kernels import FactorBank
 from efft_kernels.nn.adapt import restore
 from efft_kernels.nn.frozen import FrozenLayer, is_plain
 from efft_kernels.nn.linear import AdaptedLayer
+from efft_kernels.nn.mlp import unfuse_mlp
 from efft_kernels.nn.producers import unfuse_producer
 
 
@@ -171,6 +172,7 @@ def remove(model: nn.Module) -> nn.Module:
         restore(model, originals)
         follow(aside, originals)
     for module in model.modules():
+        unfuse_mlp(module)
         unfuse_producer(module)
     for hook in adapter._hooks:
         hook.remove()

@@ -128,16 +128,23 @@ class _Features(FeatureTask):
         return int(self.train.tensors[0].shape[1])
 
 
+def choose_attention() -> None:
+    """Select the implementation of attention for this process.
+
+    On CPUs, the backward pass of PyTorch's fused attention in bf16 takes 4 times as long as that of attention by
+    separate matrix products (measured with 26 tokens).
+    """
+    if not torch.cuda.is_available():
+        torch.backends.cuda.enable_flash_sdp(False)
+
+
 def main() -> None:
     """Answer every line of the standard input.
 
     When the standard input is closed, the process ends immediately, even during a run. The standard input is also
     closed when the process that started this one is killed.
     """
-    if not torch.cuda.is_available():
-        # On CPUs, the backward pass of PyTorch's fused attention in bf16 takes 4 times as long as that of attention by
-        # separate matrix products (measured with 26 tokens).
-        torch.backends.cuda.enable_flash_sdp(False)
+    choose_attention()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # everything that training prints goes to stderr, and only answers go to stdout
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -1,8 +1,9 @@
 // Checks every read and write of the emulated threads. The kernels are compiled with -fsanitize=thread, so that the
 // compiler inserts a call before every access. This file defines the called functions, instead of the library of the
 // sanitizer. A thread must not access the shared memory of another block or memory that an asynchronous copy is
-// filling. A thread must also execute a proxy fence after a write to shared memory, before asynchronous copies and
-// products use that memory, because these do not see the writes of threads otherwise.
+// filling, and must not write memory that a product has yet to read. A thread must also execute a proxy fence after a
+// write to shared memory, before asynchronous copies and products use that memory, because these do not see the writes
+// of threads otherwise.
 //
 // The file also counts the bytes of global memory that a launch reads and writes. If a launch may start before the
 // previous kernel has ended, the file reports every access to global memory before the thread has waited for that
@@ -57,6 +58,8 @@ void write_shared(size_t thread, void* place, size_t bytes) {
     return fail("a thread touches what a copy has not brought yet");
   if (is_stored_from(block, address, static_cast<uint32_t>(bytes)))
     return fail("a thread overwrites what a store has not read yet");
+  if (is_multiplied(block, address, static_cast<uint32_t>(bytes)))
+    return fail("a thread overwrites what a product under way still reads");
   std::fill_n(writers.begin() + static_cast<std::ptrdiff_t>(block * shared_bytes + at), bytes,
       static_cast<uint16_t>(thread + 1));
   wrote[thread].emplace_back(block * shared_bytes + at, bytes);

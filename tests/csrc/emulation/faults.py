@@ -118,7 +118,7 @@ FAULTS = {
 }
 
 KERNEL, PIPELINE = "lowrank_gemm_sm90.cu", "pipeline_sm90.cuh"
-#: Code in which a thread writes an element of a buffer, without a change of its value, before a product reads it.
+#: Code in which a thread writes an element of a buffer that a product reads, without a change of its value.
 WRITE = (
     "{ volatile auto& one = reinterpret_cast<volatile uint16_t&>(shared.a[place.stage * P::BYTES_A / 2]); "
     "if (thread == 0) one = one; }\n"
@@ -232,6 +232,12 @@ HOPPER_FAULTS = {
         "      warpgroup_arrive();\n",
         f"      {WRITE}      warpgroup_arrive();\n",
         "without a proxy fence",
+    ),
+    "a write to an operand of a product under way": (
+        KERNEL,
+        "      warpgroup_commit_batch();\n",
+        f"      warpgroup_commit_batch();\n      {WRITE}",
+        "a thread overwrites what a product under way still reads",
     ),
 }
 

@@ -47,6 +47,10 @@ struct Warp {
 };
 
 std::vector<Warp> warps;
+// For each 16 bytes of shared memory of each block: how many operands of products that are not computed yet contain
+// them. The products of different warps count separately.
+std::vector<uint16_t> readers;
+constexpr uint32_t CHUNK = 16;
 constexpr size_t IN_GROUP = WARP_GROUP / WARP;
 
 size_t block_of(size_t warp) {
@@ -101,6 +105,14 @@ void each_chunk_of(size_t warp, const Product& product, Visit visit) {
   each_chunk(product.right, product.right_by_columns, 0, product.columns, at);
 }
 
+size_t chunks_per_block() {
+  return (shared_bytes + CHUNK - 1) / CHUNK;
+}
+
+size_t chunk_of(size_t block, uint32_t address) {
+  return block * chunks_per_block() + (address - SHARED_BASE) / CHUNK;
+}
+
 float wide(uint16_t bits, bool is_bf16) {
   return is_bf16 ? efft::widen(efft::bf16{bits}) : efft::widen(efft::fp16{bits});
 }
@@ -108,8 +120,10 @@ float wide(uint16_t bits, bool is_bf16) {
 void read_operand(size_t warp, uint64_t bits, bool by_columns, int first, int count, bool is_bf16, float* to,
     int row_stride, int k_stride) {
   each_chunk(bits, by_columns, first, count, [&](int i, int k, uint32_t address) {
-    const unsigned char* const place = shared_at(block_of(warp), address, 16, "a product reads past the shared memory");
+    const unsigned char* const place =
+        shared_at(block_of(warp), address, CHUNK, "a product reads past the shared memory");
     if (!place) return false;
+    --readers[chunk_of(block_of(warp), address)];
     uint16_t values[8];
     std::memcpy(values, place, sizeof values);
     for (int j = 0; j < 8; ++j)
@@ -173,6 +187,7 @@ bool same(const Product& a, const Product& b) {
 
 void start_products() {
   warps.assign(threads.size() / WARP, {});
+  readers.assign(blocks.size() * chunks_per_block(), 0);
 }
 
 void add_product(size_t number, Lane* const* lanes) {
@@ -195,10 +210,11 @@ void add_product(size_t number, Lane* const* lanes) {
   const size_t block = block_of(number);
   bool fine = true;
   each_chunk_of(number, product, [&](uint32_t address) {
-    if (!shared_at(block, address, 16, "a product reads past the shared memory")) return fine = false;
-    if (is_copied_to(block, address, 16)) fail("a product reads what a copy has not brought yet"), fine = false;
-    if (const size_t writer = unfenced_writer(block, address, 16))
+    if (!shared_at(block, address, CHUNK, "a product reads past the shared memory")) return fine = false;
+    if (is_copied_to(block, address, CHUNK)) fail("a product reads what a copy has not brought yet"), fine = false;
+    if (const size_t writer = unfenced_writer(block, address, CHUNK))
       fail("a product reads what thread " + std::to_string(writer - 1) + " wrote without a proxy fence"), fine = false;
+    ++readers[chunk_of(block, address)];
     return fine;
   });
   if (!fine) return;
@@ -267,18 +283,10 @@ void finish_products(size_t which) {
 }
 
 bool is_multiplied(size_t block, uint32_t address, uint32_t bytes) {
-  bool found = false;
-  for (size_t number = block * threads_per_block / WARP; number < (block + 1) * threads_per_block / WARP; ++number) {
-    const auto look = [&](const Issued& issued) {
-      each_chunk_of(number, issued.product, [&](uint32_t at) {
-        found = found || (at < address + bytes && address < at + 16);
-        return !found;
-      });
-    };
-    for (const auto& group : warps[number].groups) std::for_each(group.begin(), group.end(), look);
-    std::for_each(warps[number].open.begin(), warps[number].open.end(), look);
-  }
-  return found;
+  if (bytes == 0) return false;
+  const auto first = readers.begin() + static_cast<std::ptrdiff_t>(chunk_of(block, address));
+  const auto last = readers.begin() + static_cast<std::ptrdiff_t>(chunk_of(block, address + bytes - 1));
+  return std::any_of(first, last + 1, [](uint16_t count) { return count > 0; });
 }
 
 void end_products_of_thread() {

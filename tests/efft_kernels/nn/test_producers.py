@@ -91,9 +91,33 @@ class Renamed(nn.GELU):
     """A subclass without a forward method of its own."""
 
 
+class GELUOfALibrary(nn.Module):
+    """A GELU that does not inherit from ``nn.GELU``, like those of transformers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x.pow(3))))
+
+
+class ClippedGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x).clip(-10, 10)
+
+
+class LearnedGELU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.slope * x)
+
+
 @pytest.mark.parametrize(
     ("module", "fused"),
-    [(OneAdded(24), False), (InFp32(24), True), (ChannelsFirst(24), False), (Sharper(), False), (Renamed(), True)],
+    [
+        *((OneAdded(24), False), (InFp32(24), True), (ChannelsFirst(24), False), (Sharper(), False), (Renamed(), True)),
+        *((GELUOfALibrary(), True), (ClippedGELU(), False), (LearnedGELU(), False)),
+    ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_a_subclass_is_fused_only_if_it_computes_the_same(module: nn.Module, fused: bool, layer: EfftLinear) -> None:
@@ -167,6 +191,45 @@ def test_whatever_else_touches_it(module: nn.Module, touch: Any) -> None:
     if got.requires_grad:
         grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)]
         assert torch.equal(*grads)
+
+
+def replace_first_column(a: Tensor) -> None:
+    a[:, 0] = 1.0
+
+
+def double_a_view(a: Tensor) -> None:
+    view = a.flatten(0, 1)[:3]
+    view.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda a: a.add_(1), lambda a: F.relu_(a), lambda a: a.detach().mul_(3), replace_first_column, double_a_view],
+    ids=["method", "function", "detached", "assignment", "view"],
+)
+def test_an_output_changed_in_place(module: nn.Module, layer: EfftLinear, change: Any) -> None:
+    """The change reaches every later reader, including adapted layers."""
+    results = []
+    for compute in (module, lambda x: plain(module, x)):
+        x = inputs()
+        with torch.no_grad():
+            x.copy_(torch.linspace(-3, 3, x.numel()).view_as(x))
+        a = compute(x)
+        change(a)
+        y = layer(a)
+        results.append([y, a + 0, *torch.autograd.grad(y.square().sum() + (a * a).sum(), [x, layer.factors.U])])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_changed_in_place_through_two_views(module: nn.Module, layer: EfftLinear) -> None:
+    a = module(inputs())
+    first, second = a[:, :3], a[:, 3:]
+    first.mul_(2)
+    layer(a)
+    second.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place through several views; change a copy"):
+        layer(a)
 
 
 class Square(torch.autograd.Function):
