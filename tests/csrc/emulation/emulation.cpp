@@ -41,7 +41,7 @@ size_t running, threads_per_block, shared_bytes;
 
 namespace {
 
-constexpr size_t STACK = 128 << 10, SHARED_UNASKED = 48 << 10;
+constexpr size_t STACK = 256 << 10, SHARED_UNASKED = 48 << 10;
 
 // The state in which a thread stopped, from which it continues later.
 struct Fiber {

@@ -505,7 +505,7 @@ THIRD_FAULTS = {
         MLP,
         "WRONG",
     ),
-    "z of the chunks before": (PINGPONG, "read_z(step + AHEAD);", "read_z(step);", MLP, "WRONG .* d"),
+    "z of the chunks before": (PINGPONG, "    from_z.skip(step, AHEAD);\n", "", MLP, "WRONG .* d"),
     "z read too late": (
         PINGPONG,
         "for (int i = 0; i < AHEAD; ++i) z[i] = next[i];\n"
@@ -526,7 +526,7 @@ THIRD_FAULTS = {
         "min(op.N - column, int64_t",
         "min(op.N + 8 - column, int64_t",
         MLP,
-        "WRONG",
+        "AddressSanitizer: heap-buffer-overflow",
     ),
     "boxes of a GELU in the wrong order": (
         PINGPONG,
