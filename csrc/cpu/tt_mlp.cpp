@@ -34,8 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const LinearBackward of_second =
       linear_backward(gy, z, gelu(approximate), W2, h2, D2, G2, {need_dz, need_dD2, need_dG2, need_db2});
   ProducerArguments norm;
-  if (eps.has_value())
-    norm = {Producer::norm, gamma, beta, *eps, torch::stable::contiguous(mean), torch::stable::contiguous(rstd)};
+  if (eps.has_value()) norm = {Producer::norm, gamma, beta, *eps, with_unit_rows(mean), with_unit_rows(rstd)};
   // If dz is not needed, no gradient of the first layer is, and dz has no elements.
   const Tensor dz = need_dz ? of_second.dx : empty(z, {0, z.size(1)});
   const LinearBackward of_first = linear_backward(dz, x, norm, W1, h1, D1, G1, first);
