@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 BUDGET ?= 480
+PART ?=
 # The oldest version that pyproject.toml allows. Otherwise pip installs the newest version.
 OLDEST_TRITON := 3.6.0
 # The version of the package nvidia-cutlass. Only its headers are used, so it is installed without its dependencies.
@@ -28,7 +29,7 @@ IN_TRITONS_INTERPRETER := tests/efft_kernels/ops tests/efft_kernels/triton
 
 help: ## List the targets and options
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Options: VENV=$(VENV)  PYTHON=$(PYTHON)  BUDGET=$(BUDGET)  ARGS=... (passed to the demo, pytest or the benchmarks)"
+	@echo "Options: VENV=$(VENV)  PYTHON=$(PYTHON)  BUDGET=$(BUDGET)  PART=...  ARGS=... (passed to the demo, pytest or the benchmarks)"
 
 demo: $(VENV)/.efft-train ## Adapt, train, save and merge a small model on this machine
 	$(RUN) efft_lab.demo $(ARGS)
@@ -101,8 +102,8 @@ bench-quick: extension ## Measure the layers and the training step of ViT-B, in 
 	$(RUN) benchmarks ops --quick $(ARGS)
 	$(RUN) benchmarks model --quick $(ARGS)
 
-bench-gpu: $(VENV)/.efft-dev ## On a GPU, build, run the GPU tests and then the benchmarks, within BUDGET seconds
-	$(RUN) benchmarks gpu --budget $(BUDGET) $(ARGS)
+bench-gpu: $(VENV)/.efft-dev ## On a GPU, run the PART (tests, speed or more; by default all) within BUDGET seconds
+	$(RUN) benchmarks gpu $(if $(PART),--part $(PART)) --budget $(BUDGET) $(ARGS)
 
 clean: ## Remove build products and caches (not the virtual environment)
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

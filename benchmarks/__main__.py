@@ -42,11 +42,16 @@ COMMANDS = {
     "planning": ("benchmarks.planning", "time efft.inspect for models with thousands of layers"),
     "fp8-products": ("benchmarks.fp8_products", "compare the time of fp8 and bf16 products of a ViT-B block"),
     "models": ("benchmarks.models", "find the adapted layers of every architecture of timm and transformers"),
+    "generations": (
+        "benchmarks.generations",
+        "compare the generations of the CUDA kernels, in processes that take turns",
+    ),
+    "timeline": ("benchmarks.timeline", "list the kernels of a block and of a training step, with their times"),
     "steps": ("benchmarks.steps", "predict the gain of each planned change to the cuda backend; measures nothing"),
     "compare": ("benchmarks.compare", "find slowdowns between two result files or two revisions"),
     "plot": ("benchmarks.plots", "draw pictures from result files"),
     "tables": ("benchmarks.readme", "write the documentation's tables from result files"),
-    "gpu": ("benchmarks.gpu", "run all benchmarks, the most important first, within a time budget"),
+    "gpu": ("benchmarks.gpu", "run tests and benchmarks on a GPU, the most important first, within a time budget"),
 }
 
 

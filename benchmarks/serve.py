@@ -4,8 +4,9 @@
 
 A row is one way to serve the model. Weights and images have the dtype of the option ``--dtype``. All rows get the same
 images, and every repetition measures all rows in turn. The row ``base`` is the plain model. A row ``pool:n`` holds n
-adapters in one model (:class:`efft.AdapterPool`), and successive images use these adapters in turn. Each time is
-compared with the times of ``base``, ``merged`` (the adapter is merged into the weights) and ``pool:1``.
+adapters in one model (:class:`efft.AdapterPool`), and successive images use these adapters in turn. The rows whose
+names start with ``graph:`` replay a CUDA graph of the forward pass, and need a GPU. Each time is compared with the
+times of ``base``, ``merged`` (the adapter is merged into the weights) and ``pool:1``.
 
 Rows that compute the EFFT update are checked before they are timed. The errors of their logits against fp64 may be at
 most twice those of a model with the dense weights W + dW in the same dtype. Otherwise their lines contain the reason
@@ -30,6 +31,8 @@ from benchmarks.model.rows import NAIVE, adapted, lora
 from benchmarks.model.step import Setting
 from benchmarks.options import parser_of_measurement
 from benchmarks.timing import ratios, time_rows
+from efft.graphs.capture import can_capture, capture, graphs_on
+from efft.pool.selecting import FixedBatch
 from efft_kernels import Backend, can_run, use_backend
 from efft_kernels.testing import assert_close_budget, backends
 from efft_lab.record import append, machine_facts, quantiles
@@ -67,11 +70,64 @@ class ManyAdapters(nn.Module):
             self.pool.add(str(i), adapter)
 
     def forward(self, images: Tensor) -> Tensor:
-        names = [str((self.next + i) % self.n) for i in range(len(images))]
-        self.next += len(images)
-        with self.pool.use(names) as model:
+        with self.pool.use(self.successive(len(images))) as model:
             logits: Tensor = model(images)
         return logits
+
+    def successive(self, images: int) -> list[str]:
+        """Return the adapters of the next images, one name per image."""
+        names = [str((self.next + i) % self.n) for i in range(images)]
+        self.next += images
+        return names
+
+
+class ManyAdaptersInGraph(ManyAdapters):
+    """Send the images through n adapters in turn, by a CUDA graph for each number of images."""
+
+    def __init__(self, model: nn.Module, n: int) -> None:
+        super().__init__(model, n)
+        self._graphs: dict[int, tuple[FixedBatch, Tensor, Tensor, Callable[[], None]]] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) not in self._graphs:
+            with torch.inference_mode(False), torch.no_grad():
+                self._graphs[len(images)] = self._capture(images)
+        batch, inputs, logits, replay = self._graphs[len(images)]
+        batch.select(self.successive(len(images)))
+        inputs.copy_(images)
+        replay()
+        return logits.clone()
+
+    def _capture(self, images: Tensor) -> tuple[FixedBatch, Tensor, Tensor, Callable[[], None]]:
+        """Return the adapters of a graph, the tensors with its images and logits, and a function that replays it."""
+        batch, inputs, graphs = self.pool.fixed_batch(len(images)), images.clone(), graphs_on(images.device)
+        found: list[Tensor] = []
+
+        with self.pool.use(batch) as model:
+            graphs.warm_up(lambda: found.append(model(inputs)))
+            logits = torch.empty_like(found[0])
+
+            def run() -> None:
+                logits.copy_(model(inputs))
+
+            graphs.warm_up(run)
+            return batch, inputs, logits, capture(graphs, run, "the forward pass of the pool")
+
+
+class InGraph(nn.Module):
+    """Serve a model from CUDA graphs (:func:`efft.graph_serve`), one for each number of images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.default_cfg = model.default_cfg
+        self._servers: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        n = len(images)
+        if n not in self._servers:
+            self._servers[n] = efft.graph_serve(self.model, (images,), batches=(n,))
+        return self._servers[n](images)
 
 
 def pooled(n: int) -> Callable[[nn.Module, int], nn.Module]:
@@ -97,6 +153,7 @@ class ServeRow:
         finish: function that is called on the model after its conversion to the dtype, or None.
         is_efft: whether the model computes the EFFT update.
         backend: the backend of this library's ops, or None for the default.
+        graphs: whether the model captures CUDA graphs.
     """
 
     name: str
@@ -105,6 +162,7 @@ class ServeRow:
     finish: Callable[[nn.Module], object] | None = None
     is_efft: bool = False
     backend: Backend | None = None
+    graphs: bool = False
 
     def build(self, setting: Setting) -> nn.Module:
         """Return the model of the row in eval mode, in the dtype of the setting."""
@@ -137,6 +195,25 @@ ROWS: dict[str, ServeRow] = {
                 is_efft=True,
             )
             for n in (1, 10, 100, 1000)
+        ),
+        ServeRow("graph:base", "the plain model, CUDA graph", lambda model, rank: InGraph(model), graphs=True),
+        ServeRow(
+            "graph:efft",
+            "unmerged EFFT2, CUDA graph",
+            lambda model, rank: InGraph(adapted(model, rank)),
+            is_efft=True,
+            graphs=True,
+        ),
+        *(
+            ServeRow(
+                f"graph:pool:{n}",
+                f"a pool of {n} adapters, which successive images use in turn, CUDA graph",
+                lambda model, rank, n=n: ManyAdaptersInGraph(adapted(model, rank), n),  # type: ignore[misc]
+                ManyAdapters.fill,
+                is_efft=True,
+                graphs=True,
+            )
+            for n in (10, 1000)
         ),
         ServeRow("peft", "unmerged LoRA of the peft library, same rank, same layers", lora),
     )
@@ -177,6 +254,8 @@ def build_checked(setting: Setting, rows: Sequence[ServeRow]) -> dict[str, nn.Mo
     for row in rows:
         probe = torch.empty(1, dtype=getattr(torch, setting.dtype), device=setting.device)
         reason = None if row.backend is None else can_run(row.backend, probe)
+        if row.graphs and not can_capture(torch.device(setting.device)):
+            reason = f"CUDA graphs need a GPU, and the device is {setting.device}"
         if reason is not None:
             found[row.name] = f"not available: {reason}"
             continue

@@ -45,6 +45,9 @@ TITLES = {
     "merged": "EFFT2 merged into the weights",
     **{f"pool:{n}": f"EFFT2, one of {n} adapters per image" for n in (10, 100, 1000)},
     "pool:1": "EFFT2, one adapter from a pool",
+    "graph:base": "plain model, CUDA graph",
+    "graph:efft": "EFFT2, CUDA graph",
+    **{f"graph:pool:{n}": f"EFFT2, one of {n} adapters per image, CUDA graph" for n in (10, 1000)},
     "peft": "LoRA of `peft`",
     "addmm": "LoRA by hand, `addmm_`",
     "lorafusion": "LoRA split as in LoRAFusion",
@@ -426,6 +429,35 @@ def extras() -> str:
     return with_sources(header, rows, {f"tasks {tasks}; seeds {seeds}": [source]})
 
 
+def dropout() -> str:
+    """Return the table of the default configuration with dropout, compared with no dropout, by length of training.
+
+    Each run with dropout is compared with the run without it that has the same task, seed and length.
+    """
+    plain, dropped = variants = (_DEFAULT_EXTRAS, f"{_DEFAULT_EXTRAS} dropout0.1")
+    found: dict[tuple[int, int], dict[str, dict[tuple[str, int], Line]]] = {}
+    for line in (*read("extras"), *read("extras_long")):
+        variant, _, length = line["variant"].partition(" e")
+        if line["stage"] == "explore" and variant in variants:
+            epochs = int(length.split()[0]) if length else 10
+            of_length = found.setdefault((epochs, line["updates"]), {plain: {}, dropped: {}})
+            of_length[variant][line["task"], line["seed"]] = line
+    rows, lines = [], []
+    for (epochs, updates), runs in sorted(found.items()):
+        pairs = [(line, runs[plain][run]) for run, line in runs[dropped].items() if run in runs[plain]]
+        if pairs:
+            lines += [line for pair in pairs for line in pair]
+            points = (_difference(pairs, f"{role}_accuracy") for role in ("dev", "test"))
+            tasks = ", ".join(dict.fromkeys(line["task"] for line, _ in pairs))
+            rows.append([str(epochs), f"{updates:,}", tasks, str(len(pairs)), *points])
+    if not rows:
+        return NOTHING
+    header = ["epochs", "updates", "tasks", "pairs of runs", "validation, points", "test, points"]
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    source = {**lines[-1], "commit": commits, "command": "python -m benchmarks extras run --stage explore"}
+    return with_sources(header, rows, {"": [source]})
+
+
 _FP8_SUITE, _FP8_METHOD = "twelve", "EFFT, auto"
 _FP8 = {
     "bf16": "none (bf16)",
@@ -524,6 +556,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "subspaces": subspaces,
     "extras": extras,
+    "dropout": dropout,
     "starts": starts,
     "fp8": fp8,
     "fp8_products": fp8_products,

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+#: The name of a row, of any type that can be the key of a dictionary.
+Name = TypeVar("Name")
 #: For each row, the list of its measured times in seconds, one per repetition.
 Samples = dict[str, list[float]]
 #: Number of bytes to write before a measurement in order to empty the L2 cache. The caches of current GPUs are smaller.
@@ -30,11 +32,29 @@ def time_rows(
 ) -> Samples:
     """Return the seconds of every row, measured in ``repeats`` rounds over all rows.
 
+    ``repeats`` is the number of samples per row. :func:`sampler` explains the other arguments.
+
+    Raises:
+        RuntimeError: a row cannot be captured in a CUDA graph.
+    """
+    measure = sampler(rows, warmup, device, flush_l2, cuda_graphs)
+    rounds = [measure() for _ in range(repeats)]
+    return {name: [seconds[name] for seconds in rounds] for name in rows}
+
+
+def sampler(
+    rows: Mapping[Name, Callable[[], object]],
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
+    flush_l2: bool = False,
+    cuda_graphs: bool = False,
+) -> Callable[[], dict[Name, float]]:
+    """Warm up the rows, and return a function that measures every row once and returns the seconds.
+
     On a CPU the times come from the wall clock. On a GPU they come from CUDA events before and after each call.
 
     Args:
         rows: functions to time, by name.
-        repeats: number of samples per row.
         warmup: number of unmeasured rounds before the first sample, in which kernels are compiled and memory is
             allocated. With ``cuda_graphs``, each row also runs this often before its capture.
         device: device on which the rows compute.
@@ -51,30 +71,33 @@ def time_rows(
         for _ in range(warmup):
             for run in rows.values():
                 run()
-        return _rounds(rows, repeats, _wall_clock)
+        return lambda: {name: _wall_clock(run) for name, run in rows.items()}
 
-    if cuda_graphs:
-        rows = {name: Captured.of(run, warmup) for name, run in rows.items()}
+    runs = {name: Captured.of(run, warmup) if cuda_graphs else run for name, run in rows.items()}
     with _side_stream():
         for _ in range(warmup):
-            for run in rows.values():
+            for run in runs.values():
                 run()
         torch.cuda.synchronize()
         scratch = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if flush_l2 else None
 
-        def events(run: Callable[[], object]) -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if scratch is None:
-                run()
-            else:
-                scratch.zero_()
-            start.record()
+    def events(run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if scratch is None:
             run()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
+        else:
+            scratch.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
-        return _rounds(rows, repeats, events)
+    def measure() -> dict[Name, float]:
+        with _side_stream():
+            return {name: events(run) for name, run in runs.items()}
+
+    return measure
 
 
 @dataclass(frozen=True)
@@ -128,16 +151,6 @@ def ratios(samples: Samples, floor: str = "floor") -> Samples:
     return {
         name: [t / base for t, base in zip(seconds, samples[floor], strict=True)] for name, seconds in samples.items()
     }
-
-
-def _rounds(
-    rows: Mapping[str, Callable[[], object]], repeats: int, measure: Callable[[Callable[[], object]], float]
-) -> Samples:
-    samples: Samples = {name: [] for name in rows}
-    for _ in range(repeats):
-        for name, run in rows.items():
-            samples[name].append(measure(run))
-    return samples
 
 
 def _wall_clock(run: Callable[[], object]) -> float:

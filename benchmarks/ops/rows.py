@@ -35,7 +35,8 @@ class Layer:
     def __init__(
         self, function: Callable[[], Tensor], leaves: dict[str, Tensor], inputs: Inputs, transposed: bool = False
     ) -> None:
-        self._function, self._leaves, self._gy, self._transposed = function, leaves, inputs.gy, transposed
+        self.leaves = leaves
+        self._function, self._gy, self._transposed = function, inputs.gy, transposed
         self._device, self._dtype = inputs.x.device.type, inputs.x.dtype
         self._kept: Tensor | None = None
 
@@ -48,17 +49,17 @@ class Layer:
         """Return the gradients. The first call runs a forward pass and keeps its graph; later calls reuse the graph."""
         if self._kept is None:
             self._kept = self.forward()
-        return torch.autograd.grad(self._kept, list(self._leaves.values()), self._gy, retain_graph=True)
+        return torch.autograd.grad(self._kept, list(self.leaves.values()), self._gy, retain_graph=True)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
         """Run one forward and backward pass and return the gradients."""
-        return torch.autograd.grad(self.forward(), list(self._leaves.values()), self._gy)
+        return torch.autograd.grad(self.forward(), list(self.leaves.values()), self._gy)
 
     def results(self) -> dict[str, Tensor]:
         """Return ``y`` and the gradients: ``dx`` and, if the row trains factors, ``dD`` and ``dG``."""
         y = self.forward()
-        grads = torch.autograd.grad(y, list(self._leaves.values()), self._gy)
-        found = {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(self._leaves, grads, strict=True)}}
+        grads = torch.autograd.grad(y, list(self.leaves.values()), self._gy)
+        found = {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(self.leaves, grads, strict=True)}}
         if self._transposed:
             found |= {name: found[name].t() for name in ("dD", "dG")}
         return found

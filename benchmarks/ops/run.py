@@ -59,7 +59,7 @@ def measure(case: Case, wanted: Sequence[LayerRow], setting: Setting) -> list[di
     torch.compiler.reset()  # otherwise the shapes of earlier cases count toward the recompilation limit
     inputs = case.inputs(setting.device)
     budget = Budget(inputs)
-    judged = {row.name: _judge(row, inputs, budget) for row in wanted}
+    judged = {row.name: judge(row, inputs, budget) for row in wanted}
     layers = {name: layer for name, (layer, _) in judged.items() if layer is not None}
     figures = _time(layers, setting) if "floor" in layers else {}
     lines = []
@@ -73,7 +73,7 @@ def measure(case: Case, wanted: Sequence[LayerRow], setting: Setting) -> list[di
     return lines
 
 
-def _judge(row: LayerRow, inputs: Inputs, budget: Budget) -> tuple[Layer | None, dict[str, Any]]:
+def judge(row: LayerRow, inputs: Inputs, budget: Budget) -> tuple[Layer | None, dict[str, Any]]:
     """Check a row. Return (layer, fields of the result line).
 
     For a row that passes, the fields are the errors that the check found. For any other row the layer is None, and the
@@ -93,7 +93,7 @@ def _judge(row: LayerRow, inputs: Inputs, budget: Budget) -> tuple[Layer | None,
             found["small_update_error"] = small_update_error(row, inputs)
         return layer, found
     except Exception as error:  # a row that fails must not end the run
-        return None, {"reason": f"failed: {type(error).__name__}: {_first_line(error)}"}
+        return None, {"reason": f"failed: {type(error).__name__}: {first_line(error)}"}
 
 
 def _time(layers: dict[str, Layer], setting: Setting) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _time(layers: dict[str, Layer], setting: Setting) -> dict[str, Any]:
             for phase, rows_of_phase in calls.items()
         }
     except RuntimeError as error:  # such as out of memory, or a row that no CUDA graph can capture
-        return {"reason": f"timing failed: {_first_line(error)}"}
+        return {"reason": f"timing failed: {first_line(error)}"}
     relative = {phase: ratios(seconds) for phase, seconds in samples.items()}
     return {
         name: {
@@ -153,7 +153,7 @@ def measured_peaks(device: str, dtype: str) -> Peaks:
     return measure_peaks(device, DTYPES[dtype])
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -49,11 +49,15 @@ IDENTITY = (
     "device",
     "l2",
     "cuda_graphs",
+    "generation",
     "row",
 )
 
 #: Packages whose versions are recorded, because they can change a result.
 _PACKAGES = ("torch", "triton", "timm", "peft", "accelerate", "numpy")
+
+#: Environment variables that select kernels. If they are set, the recorded command starts with them.
+_SELECTING = ("EFFT_BACKEND", "EFFT_SM90_GENERATION")
 
 
 def machine_facts(threads: int | None = None) -> dict[str, Any]:
@@ -72,13 +76,14 @@ def machine_facts(threads: int | None = None) -> dict[str, Any]:
 
 @functools.cache
 def _process_facts() -> dict[str, Any]:
+    selected = [f"{name}={os.environ[name]}" for name in _SELECTING if os.environ.get(name)]
     facts: dict[str, Any] = {
         "date": now(),
         "machine": None,  # machine_facts fills this field; the entry fixes its position
         "cores": os.cpu_count(),
         "versions": versions(*_PACKAGES),
         "commit": commit(Path(__file__).parent) or __version__,
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": " ".join([*selected, "python", *sys.orig_argv[1:]]),
     }
     if torch.cuda.is_available():
         facts["gpu"] = {"name": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}

@@ -57,3 +57,26 @@ def test_a_setting_is_compared_with_the_default_on_common_runs_only(
     (tmp_path / "extras.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     assert "| no biases | 10 | 2 | -8.0 ± 2.0 | -8.0 ± 2.0 |" in tables.extras().splitlines()
+
+
+def test_dropout_is_compared_at_equal_lengths_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    facts = {"stage": "explore", "commit": "abc", "machine": "a CPU", "versions": {}, "date": "2026-01-01", "seed": 0}
+    default = tables._DEFAULT_EXTRAS
+    short = [(default, "a", 62, 0.5), (f"{default} dropout0.1", "a", 62, 0.4), (f"{default} dropout0.3", "a", 62, 0.0)]
+    long = [
+        (f"{default} e100 b64", "a", 99, 0.5),
+        (f"{default} dropout0.1 e100 b64", "a", 99, 0.53),
+        (f"{default} e100 b64", "b", 99, 0.5),
+        (f"{default} dropout0.1 e100 b64", "b", 99, 0.55),
+        (f"{default} dropout0.1 e100 b64", "c", 99, 0.9),
+    ]
+    for name, runs in (("extras", short), ("extras_long", long)):
+        rows = [
+            {**facts, "variant": v, "task": t, "updates": n, "dev_accuracy": x, "test_accuracy": x, "command": "run"}
+            for v, t, n, x in runs
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    written = tables.dropout().splitlines()
+    assert "| 10 | 62 | a | 1 | -10.0 | -10.0 |" in written
+    assert "| 100 | 99 | a, b | 2 | +4.0 ± 1.0 | +4.0 ± 1.0 |" in written

@@ -45,6 +45,22 @@ def test_result_lines_are_appended_and_say_where_they_come_from(tmp_path: Path) 
     assert json.loads(path.read_text().splitlines()[0]) == lines[0]
 
 
+@pytest.mark.parametrize("variables", [{}, {"EFFT_SM90_GENERATION": "3", "EFFT_BACKEND": "cuda"}], ids=str)
+def test_the_command_names_variables_that_select_kernels(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("EFFT_SM90_GENERATION", "EFFT_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    record._process_facts.cache_clear()
+    try:
+        expected = "EFFT_BACKEND=cuda EFFT_SM90_GENERATION=3 python" if variables else "python"
+        assert record.machine_facts()["command"].startswith(expected)
+    finally:
+        record._process_facts.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True], ids=["launched", "graphs"])
 @pytest.mark.parametrize("flush", [False, True], ids=["warm", "cold"])

@@ -37,6 +37,8 @@ AUTOMATIC: Mapping[str, Any] = {
     "bias": "auto",
     "rates": {"cores": 3.0, "biases": 3.0},
 }
+#: :meth:`EfftConfig.auto` uses this dropout for trainings of at least :data:`LONG_TRAINING` epochs.
+LONG_TRAINING, DROPOUT_OF_LONG_TRAINING = 30, 0.1
 
 
 @dataclass
@@ -199,7 +201,14 @@ class EfftConfig(AdapterConfig):
         return self.init[-1] if kind == "ffn" else self.init[0]
 
     @classmethod
-    def auto(cls, *, budget: int | None = None, model: nn.Module | None = None, **fields: Any) -> EfftConfig:
+    def auto(
+        cls,
+        *,
+        budget: int | None = None,
+        model: nn.Module | None = None,
+        epochs: float | None = None,
+        **fields: Any,
+    ) -> EfftConfig:
         """Return a configuration that needs no search (:data:`AUTOMATIC`), for learning rates around 1e-3.
 
         It differs from the paper's configuration, ``EfftConfig()``, in these ways:
@@ -210,7 +219,8 @@ class EfftConfig(AdapterConfig):
           value (:attr:`movement`).
         - Biases of the adapted layers are trained in addition to the factors (``bias="auto"``).
         - Cores and biases have higher learning rates than U and V (:attr:`rates`).
-        - No elements of the factors are dropped.
+        - No elements of the factors are dropped in a training of fewer than 30 epochs. Longer trainings keep the
+          paper's dropout of 0.1, without which the model would fit its training examples too closely.
 
         With ``budget``, the result has the highest rank for which the factors and the trained biases and norms together
         have at most ``budget`` parameters in ``model``. The head is not counted. Unless ``bias`` is given, biases are
@@ -219,18 +229,23 @@ class EfftConfig(AdapterConfig):
         Args:
             budget: the largest number of parameters.
             model: the model that will be adapted, for ``budget``; it may be on the meta device, and is not changed.
+            epochs: how many times the training will use each example. Without it, the configuration is the one for
+                fewer than 30 epochs.
             **fields: fields of the configuration.
 
         Raises:
-            ValueError: a field is out of range, no rank fits the budget, or ``budget`` is given with ``rank`` or
-                without ``model``.
+            ValueError: a field or ``epochs`` is out of range, no rank fits the budget, or ``budget`` is given with
+                ``rank`` or without ``model``.
         """
+        automatic = copy.deepcopy(dict(AUTOMATIC))
+        if epochs is not None:
+            cls._check(is_number(epochs) and epochs > 0, "auto: epochs", "a positive number", epochs)
+            automatic["dropout"] = DROPOUT_OF_LONG_TRAINING if epochs >= LONG_TRAINING else 0.0
         if budget is None and model is None:
-            return cls(**{**copy.deepcopy(AUTOMATIC), **fields})
+            return cls(**{**automatic, **fields})
         if budget is None or model is None:
             lacking = "the model to count in (model=...)" if model is None else "a number of parameters (budget=...)"
             raise ValueError(f"EfftConfig.auto: budget and model go together; {lacking} is missing")
-        automatic = copy.deepcopy(AUTOMATIC)
         chosen = {name: value for name, value in automatic.items() if name not in ("rank", "bias")}
         config: EfftConfig = fit_budget(cls, model, budget, {**chosen, **fields})
         return config

@@ -1,9 +1,9 @@
 """Compare every CUDA op of a library with its formula in fp64, on sizes that are not multiples of the tiles.
 
-Usage: ``python ragged.py LIBRARY [FAMILY [DEVICE]]``. LIBRARY is a library with the ops, for instance one that build.py
-in this folder has built for the emulator. FAMILY is a key of ``FAMILIES`` and selects cases; the default is all cases.
-DEVICE is the torch device of the tensors: "cpu" (the default) for the emulator. The exit code is 1 if a result is
-wrong.
+Usage: ``python ragged.py LIBRARY [FAMILIES [DEVICE]]``. LIBRARY is a library with the ops, for instance one that
+build.py in this folder has built for the emulator, or "installed" for the library of the installed package. FAMILIES
+are keys of ``FAMILIES``, separated by commas, and select cases; the default is all cases. DEVICE is the torch device of
+the tensors: "cpu" (the default) for the emulator, or "cuda" for a GPU. The exit code is 1 if a result is wrong.
 
 A producer is the operation whose output the layer reads, a GELU or a norm. h = x D and dh = gy G^T are the products of
 activations and gradients with a factor. The formulas round where the kernels round: the factors, h, dh and the output
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import efft_kernels.ops  # noqa: F401  # declares the ops
+from efft_kernels.native import MISSING
 from efft_kernels.testing import poisoned_empty, with_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -227,12 +228,15 @@ FAMILIES = {
 
 
 def main(library: str, only: str = "", device: str = "cpu") -> int:
-    torch.ops.load_library(library)
+    if library == "installed":
+        assert MISSING["cuda"] is None, MISSING["cuda"]
+    else:
+        torch.ops.load_library(library)
     torch.set_default_device(device)
     torch.manual_seed(0)
     count = wrong = 0
     with poisoned_empty():
-        chosen = [cases() for family, cases in FAMILIES.items() if only in ("", family)]
+        chosen = [FAMILIES[family]() for family in (only.split(",") if only else FAMILIES)]
         for name, got, exact, dtype, terms in itertools.chain(*chosen):
             count += 1
             for part, value in got.items():

@@ -98,3 +98,17 @@ def test_without_a_budget() -> None:
     assert efft.EfftConfig.auto(rank=8) == efft.EfftConfig(**{**AUTOMATIC, "rank": 8})
     efft.EfftConfig.auto().rates.clear()
     assert efft.EfftConfig.auto() == efft.EfftConfig(**AUTOMATIC), "configurations must not share their rates"
+
+
+@pytest.mark.parametrize(("epochs", "dropout"), [(None, 0.0), (10, 0.0), (29.5, 0.0), (30, 0.1), (100, 0.1)])
+def test_dropout_depends_on_the_length_of_the_training(tiny_vit: Make, epochs: float | None, dropout: float) -> None:
+    assert efft.EfftConfig.auto(epochs=epochs) == efft.EfftConfig(**{**AUTOMATIC, "dropout": dropout})
+    config = efft.EfftConfig.auto(epochs=epochs, budget=400, model=tiny_vit())
+    assert config.dropout == dropout
+    assert efft.EfftConfig.auto(epochs=epochs, dropout=0.3).dropout == 0.3, "a field that is given must win"
+
+
+@pytest.mark.parametrize("epochs", [0, -1, float("nan"), float("inf"), "100", True])
+def test_wrong_epochs(epochs: Any) -> None:
+    with pytest.raises(ValueError, match=r"EfftConfig\.auto: epochs must be a positive number, got"):
+        efft.EfftConfig.auto(epochs=epochs)

@@ -153,7 +153,9 @@ one adapter can train biases |
             )
 
     @classmethod
-    def auto(cls, *, budget: int | None = None, model: Any = None, **fields: Any) -> EfftPeftConfig:
+    def auto(
+        cls, *, budget: int | None = None, model: Any = None, epochs: float | None = None, **fields: Any
+    ) -> EfftPeftConfig:
         """Return a configuration that needs no search, as :meth:`EfftConfig.auto` does.
 
         The rank and the dropout may also have peft's names. With ``budget``, all biases and norms that peft would train
@@ -162,7 +164,7 @@ one adapter can train biases |
         for alias, name in (("r", "rank"), ("lora_dropout", "dropout")):
             if alias in fields and name not in fields:
                 fields[name] = fields.pop(alias)
-        config: Any = super().auto(budget=budget, model=model, **fields)
+        config: Any = super().auto(budget=budget, model=model, epochs=epochs, **fields)
         return cast(EfftPeftConfig, config)
 
     def planner(self, model: nn.Module) -> Callable[[Any], tuple[Sequence[Any], int]]:
