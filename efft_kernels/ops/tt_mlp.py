@@ -196,7 +196,9 @@ def tt_mlp(
         b1, b2 = autocast_bias(b1), autocast_bias(b2)
     if chosen is None:
         biases = {name: unless_wider(b, W1.dtype) for name, b in (("b1", b1), ("b2", b2))}
-        check_dtypes("tt_mlp", "W1", W1.dtype, x=x if eps is None else None, W2=W2, **biases)
+        if eps is None:
+            check_dtypes("tt_mlp", "W1", W1.dtype, x=x)
+        check_dtypes("tt_mlp", "W1", W1.dtype, W2=W2, **biases)
     if W1.requires_grad or W2.requires_grad:
         check_frozen("tt_mlp", W1=W1, W2=W2)
     if chosen is None:
