@@ -56,9 +56,10 @@ def signature(
 def signature_of_many(
     op: str, backend: str | Backend | None, setting: object, x: Tensor, *others: Tensor | None
 ) -> tuple[Signature, torch.dtype | None] | tuple[None, None]:
-    """Return the same as :func:`signature` for an op with any number of tensors.
+    """Return the signature of a call of an op with any number of tensors, and the dtype to which autocast casts.
 
-    ``setting`` is a hashable value of the other arguments on which the checks depend.
+    ``setting`` is a hashable value that represents the other arguments on which the checks depend. The function returns
+    (None, None) in the same cases as :func:`signature`.
     """
     if _must_be_checked():
         return None, None

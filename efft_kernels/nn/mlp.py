@@ -6,9 +6,9 @@ calls are the *chain* of the module. To find the chain, the method is called wit
 module and with a :class:`_Marker` instead of the input. In addition, the code of the method must contain no names
 except those of the submodules. Therefore it cannot use anything else, such as a context that disables autocast.
 
-A call of a fused module checks that each submodule from the first layer to the second one is what ``tt_mlp`` computes.
-Otherwise it calls the submodules as usual. The output of the first layer is never visible outside of the op. Therefore
-nothing else can read or change it, unlike the output of a module that :mod:`efft_kernels.nn.producers` fuses.
+A call of a fused module checks that ``tt_mlp`` computes the same as the submodules from the first layer to the second
+one. Otherwise it calls the submodules as usual. The output of the first layer is never visible outside of the op.
+Therefore nothing else can read or change it, unlike the output of a module that :mod:`efft_kernels.nn.producers` fuses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Chain(NamedTuple):
     """Hold the names of the submodules that a module calls, in the order of the calls.
 
     Attributes:
-        names: the names.
+        names: the names of the submodules.
         first, gelu, second: the indices in ``names`` of the first layer, the GELU and the second layer.
         is_all: whether the module calls all its submodules, as an ``nn.Sequential`` does.
     """
@@ -156,6 +156,7 @@ def _is_gelu(module: nn.Module | None) -> bool:
 
 
 def _forward(module: Any, chain: _Chain, *args: Any, **kwargs: Any) -> Any:
+    """Call the submodules of the chain in turn, and replace those of the MLP by one op if the op computes the same."""
     modules = module._modules
     if len(args) != 1 or kwargs or not _can_run(modules, chain):
         return type(module).forward(module, *args, **kwargs)
@@ -224,6 +225,7 @@ def _is_input(x: object) -> bool:
 
 
 def _mlp(x: Tensor, first: EfftLinear, gelu: nn.Module, second: EfftLinear) -> Tensor:
+    """Compute ``second(gelu(first(x)))`` with one op, which includes the norm if ``x`` is a postponed output."""
     W1, b1, D1, G1 = _operands(first)
     W2, b2, D2, G2 = _operands(second)
     norm: dict[str, Any] = {}
