@@ -184,8 +184,7 @@ def _can_run(modules: Any, chain: _Chain) -> bool:
         return False
     for i in range(chain.first, chain.second + 1):
         module = modules.get(chain.names[i])
-        own = module.__dict__ if module is not None else {}
-        if any(own.get(hooks) for hooks in _HOOKS):
+        if module is None or _has_hooks(own := module.__dict__):
             return False
         if i == chain.gelu:
             if not _is_gelu(module):
@@ -202,11 +201,15 @@ def _can_run(modules: Any, chain: _Chain) -> bool:
     return True
 
 
-#: The attributes of a module that are set if a call of the module does more than to call its forward method.
-_HOOKS = (
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-    "_compiled_call_impl",
-)
+def _has_hooks(own: dict[str, Any]) -> bool:
+    """Return whether a call of the module with the attributes ``own`` does more than to call its forward method."""
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own.get("_compiled_call_impl")
+    )
 
 
 def _is_frozen(layer: EfftLinear) -> bool:
@@ -221,12 +224,16 @@ def _is_input(x: object) -> bool:
 
 
 def _mlp(x: Tensor, first: EfftLinear, gelu: nn.Module, second: EfftLinear) -> Tensor:
-    operands = [
-        (stored_in(layer, "weight"), layer.bias, *layer.factors.down_up(layer.binding)) for layer in (first, second)
-    ]
-    (W1, b1, D1, G1), (W2, b2, D2, G2) = operands
+    W1, b1, D1, G1 = _operands(first)
+    W2, b2, D2, G2 = _operands(second)
     norm: dict[str, Any] = {}
     if isinstance(x, ProducerOutput):
         changed = x.changed()
         x, norm = x.norm_arguments() if changed is None else (changed, {})
     return tt_mlp(x, W1, b1, D1, G1, W2, b2, D2, G2, **norm, approximate=approximation(gelu) or "none")
+
+
+def _operands(layer: EfftLinear) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return W, b, D and G of an adapted layer."""
+    D, G = layer.factors.down_up(layer.binding)
+    return stored_in(layer, "weight"), layer._parameters.get("bias"), D, G
