@@ -5,7 +5,9 @@
 The host is the CPU that launches the operations. If a GPU finishes a layer faster than the host can launch the next
 one, the GPU waits for the host. This command measures the work of the host, not the arithmetic. The model is a chain of
 small linear layers, whose products take almost no time. A row is one way to adapt the chain. The row ``linear`` is the
-frozen chain. Each row runs in four modes:
+frozen chain. In the rows whose names begin with ``mlp``, each layer of the chain is an MLP. It consists of a layer
+norm, a linear layer, a GELU and another linear layer. The row ``mlp`` is frozen. The rows whose names begin with
+``mlp-fused`` run after ``efft.fuse``. Each row runs in four modes:
 
 - ``forward``: a forward pass in training mode, which records an autograd graph.
 - ``forward_backward``: the same pass, followed by its backward pass.
@@ -22,8 +24,8 @@ between machines that have the same versions of Python and its packages.
 - Microseconds are the best of many repetitions. Every repetition runs all rows.
 
 The row ``efft:triton`` runs on the CPU with kernels that do nothing, and its counts do not include Triton's launcher.
-The row ``efft:cuda`` runs on the meta device. Only its dispatcher calls are counted, and calls that this library's
-operators make are left out.
+The rows of the backend ``cuda`` run on the meta device. Only their dispatcher calls are counted, and calls that this
+library's operators make are left out.
 """
 
 from __future__ import annotations
@@ -65,12 +67,38 @@ class Chain(nn.Module):
         return x
 
 
+class MlpChain(nn.Module):
+    """Apply MLPs in turn, each after a layer norm."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 def _frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
 def _adapted(model: nn.Module) -> nn.Module:
     efft.apply(model, efft.EfftConfig(rank=RANK, dropout=0.0, targets=["fc"], head=[]))
+    return model
+
+
+def _adapted_mlp(model: nn.Module) -> nn.Module:
+    efft.apply(model, efft.EfftConfig(rank=RANK, dropout=0.0, targets=["1", "3"], head=[]))
+    return model
+
+
+def _fused_mlp(model: nn.Module) -> nn.Module:
+    efft.fuse(_adapted_mlp(model))
     return model
 
 
@@ -89,12 +117,14 @@ class HostRow:
         backend: the backend of this library's ops, or None if the row does not use them.
         device: the device of all tensors.
         around: function that returns the context in which the row must run.
+        chain: function that returns a chain of the given depth.
     """
 
     adapt: Callable[[nn.Module], nn.Module]
     backend: Backend | None = None
     device: str = "cpu"
     around: Callable[[], AbstractContextManager[object]] = nullcontext
+    chain: Callable[[int], nn.Module] = Chain
 
     def reason(self) -> str | None:
         """Return None if the row can run on this machine, else the reason why it cannot."""
@@ -157,6 +187,11 @@ ROWS: dict[str, HostRow] = {
     "efft:triton": HostRow(_adapted, Backend.TRITON, around=without_launches),
     "efft:cuda": HostRow(_adapted, Backend.CUDA, device="meta", around=_with_schemas_of_cuda),
     "peft": HostRow(_lora),
+    "mlp": HostRow(_frozen, chain=MlpChain),
+    "mlp:cpu": HostRow(_adapted_mlp, Backend.CPU, chain=MlpChain),
+    "mlp-fused:cpu": HostRow(_fused_mlp, Backend.CPU, chain=MlpChain),
+    "mlp:cuda": HostRow(_adapted_mlp, Backend.CUDA, device="meta", around=_with_schemas_of_cuda, chain=MlpChain),
+    "mlp-fused:cuda": HostRow(_fused_mlp, Backend.CUDA, device="meta", around=_with_schemas_of_cuda, chain=MlpChain),
 }
 
 
@@ -164,7 +199,7 @@ def pass_of(row: HostRow, mode: str, dtype: str, depth: int) -> Callable[[], Non
     """Return a function that runs one pass of a chain of ``depth`` layers, adapted by ``row``."""
     torch.manual_seed(0)
     # The backbone is converted to the measured dtype before it is adapted. The factors then stay in fp32.
-    model = row.adapt(Chain(depth).to(getattr(torch, dtype))).to(row.device)
+    model = row.adapt(row.chain(depth).to(getattr(torch, dtype))).to(row.device)
     model.train(mode.startswith("forward"))
     training = model.training
     x = torch.randn(*LEADING, WIDTH, dtype=getattr(torch, dtype)).to(row.device).requires_grad_(training)
@@ -282,9 +317,9 @@ def measure(rows: Sequence[str], dtype: str, repeats: int) -> list[dict[str, Any
 def show(lines: Sequence[dict[str, Any]]) -> None:
     """Print one table: the counts per layer and, in parentheses, the additional counts per pass."""
     fields = ("dispatcher_calls", "python_calls", "microseconds")
-    print(f"\n{'dtype':<10}{'row':<13}{'mode':<18}" + "".join(f"{field.replace('_', ' '):>22}" for field in fields))
+    print(f"\n{'dtype':<10}{'row':<16}{'mode':<18}" + "".join(f"{field.replace('_', ' '):>22}" for field in fields))
     for line in lines:
-        start = f"{line['dtype']:<10}{line['row']:<13}"
+        start = f"{line['dtype']:<10}{line['row']:<16}"
         if "reason" in line:
             print(f"{start}not available: {line['reason']}")
             continue

@@ -55,6 +55,9 @@ TITLES = {
     "chain": "EFFT2 under plain autograd",
     "naive": "EFFT2 as `W + dW`",
     "paper": "EFFT2 as the paper's code does it",
+    "mlp": "frozen MLP with its layer norm",
+    **{f"mlp:{backend}": f"MLP, EFFT2, backend {backend}" for backend in ("cpu", "cuda")},
+    **{f"mlp-fused:{backend}": f"MLP, EFFT2, backend {backend}, after `efft.fuse`" for backend in ("cpu", "cuda")},
     "bitfit": "BitFit",
     "full": "full fine-tuning",
 }

@@ -36,12 +36,7 @@ def signature(
     transformed by ``torch.func``, in which sizes may be symbols, and arguments that are not tensors or have no
     dimension.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    ):
+    if _must_be_checked():
         return None, None
     try:
         device, shape = x.device, x.shape
@@ -56,6 +51,38 @@ def signature(
     except (AttributeError, IndexError):
         return None, None
     return call, dtype
+
+
+def signature_of_many(
+    op: str, backend: str | Backend | None, setting: object, x: Tensor, *others: Tensor | None
+) -> tuple[Signature, torch.dtype | None] | tuple[None, None]:
+    """Return the signature of a call of an op with any number of tensors, and the dtype to which autocast casts.
+
+    ``setting`` is a hashable value that represents the other arguments on which the checks depend. The function returns
+    (None, None) in the same cases as :func:`signature`.
+    """
+    if _must_be_checked():
+        return None, None
+    try:
+        device, shape = x.device, x.shape
+        dtype = autocast_dtype(device)
+        call = (
+            *(op, current_backend() if backend is None else backend, setting, dtype, MISSING["cpu"]),
+            *(shape if device.type == "cuda" else shape[-1], x.dtype, device),
+            *[None if t is None else (t.shape, t.dtype, t.device) for t in others],
+        )
+    except (AttributeError, IndexError):
+        return None, None
+    return call, dtype
+
+
+def _must_be_checked() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
 
 
 def note_choice(call: Signature | None, chosen: Backend, device: torch.device) -> None:

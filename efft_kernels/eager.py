@@ -14,14 +14,15 @@ gradients are needed. All other gradients are returned with 0 elements.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from efft_kernels._arguments import in_dtype, rows_of, transposed, unflatten_tokens
+from efft_kernels._mlp import Layers, mlp_backward, mlp_forward
 
 
 def tt_linear_fwd(
@@ -242,20 +243,6 @@ def _alike(
     return x.to(dtype), gamma, beta
 
 
-class Layers(NamedTuple):
-    """Hold the functions of a backend for one layer, from which :func:`mlp_forward` and :func:`mlp_backward` compute.
-
-    The attributes have the names and arguments of the functions of this module.
-    """
-
-    tt_linear_fwd: Callable[..., tuple[Tensor, Tensor]]
-    tt_linear_bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    tt_norm_linear_fwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    tt_norm_linear_bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
-    tt_gelu_linear_fwd: Callable[..., tuple[Tensor, Tensor]]
-    tt_gelu_linear_bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-
-
 _LAYERS = Layers(
     tt_linear_fwd, tt_linear_bwd, tt_norm_linear_fwd, tt_norm_linear_bwd, tt_gelu_linear_fwd, tt_gelu_linear_bwd
 )
@@ -267,83 +254,6 @@ def tt_mlp_fwd(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 def tt_mlp_bwd(gy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return mlp_backward(_LAYERS, gy, *rest)
-
-
-def mlp_forward(
-    layers: Layers,
-    x: Tensor,  # [tokens, d_in]
-    gamma: Tensor | None,  # [d_in]
-    beta: Tensor | None,  # [d_in]
-    eps: float | None,
-    W1: Tensor,  # [d_hidden, d_in]
-    b1: Tensor | None,  # [d_hidden]
-    D1: Tensor,  # [d_in, r1]
-    G1: Tensor,  # [r1, d_hidden]
-    W2: Tensor,  # [d_out, d_hidden]
-    b2: Tensor | None,  # [d_out]
-    D2: Tensor,  # [d_hidden, r1]
-    G2: Tensor,  # [r1, d_out]
-    approximate: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute tt_mlp one layer after the other with the functions of a backend.
-
-    Returns:
-        y ``[tokens, d_out]``, z ``[tokens, d_hidden]``, h1 and h2 ``[tokens, r1]``, and the norm's mean and rstd
-        ``[tokens]``, which have 0 elements if ``eps`` is None.
-    """
-    if eps is None:
-        z, h1 = layers.tt_linear_fwd(x, W1, b1, D1, G1)
-        mean, rstd = (_empty(_wide(x.dtype), x) for _ in range(2))
-    else:
-        z, h1, mean, rstd = layers.tt_norm_linear_fwd(x, gamma, beta, eps, W1, b1, D1, G1)
-    y, h2 = layers.tt_gelu_linear_fwd(z, W2, b2, D2, G2, approximate)
-    return y, z, h1, h2, mean, rstd
-
-
-def mlp_backward(
-    layers: Layers,
-    gy: Tensor,  # [tokens, d_out]
-    x: Tensor,  # [tokens, d_in]
-    z: Tensor,  # [tokens, d_hidden]
-    gamma: Tensor | None,  # [d_in]
-    beta: Tensor | None,  # [d_in]
-    eps: float | None,
-    mean: Tensor,  # [tokens]
-    rstd: Tensor,  # [tokens]
-    W1: Tensor | None,  # [d_hidden, d_in]
-    W2: Tensor | None,  # [d_out, d_hidden]
-    h1: Tensor | None,  # [tokens, r1]
-    h2: Tensor | None,  # [tokens, r1]
-    D1: Tensor,  # [d_in, r1]
-    G1: Tensor,  # [r1, d_hidden]
-    D2: Tensor,  # [d_hidden, r1]
-    G2: Tensor,  # [r1, d_out]
-    approximate: str,
-    need_dx: bool,
-    need_dD1: bool,
-    need_dG1: bool,
-    need_db1: bool,
-    need_dD2: bool,
-    need_dG2: bool,
-    need_db2: bool,
-    need_dgamma: bool,
-    need_dbeta: bool,
-) -> tuple[Tensor, ...]:
-    """Compute dx, dD1, dG1, db1, dD2, dG2, db2, dgamma and dbeta, one layer after the other."""
-    first = need_dx, need_dD1, need_dG1, need_db1, need_dgamma, need_dbeta
-    second = need_dD2, need_dG2, need_db2
-    dz, *of_second = layers.tt_gelu_linear_bwd(gy, z, W2, h2, D2, G2, approximate, any(first), *second)
-    dgamma, dbeta = (_empty(x.dtype if like is None else like.dtype, x) for like in (gamma, beta))
-    of_first: Iterable[Tensor]
-    if not any(first):
-        of_first = (_empty(dtype, x) for dtype in (x.dtype, _wide(D1.dtype), _wide(G1.dtype), _wide(z.dtype)))
-    elif eps is None:
-        of_first = layers.tt_linear_bwd(dz, x if need_dD1 else None, W1, h1, D1, G1, *first[:4])
-    else:
-        *of_first, dgamma, dbeta = layers.tt_norm_linear_bwd(
-            dz, x, gamma, beta, eps, mean, rstd, W1, h1, D1, G1, *first
-        )
-    return *of_first, *of_second, dgamma, dbeta
 
 
 def tt_linear_grouped(*operands: Tensor | None) -> Tensor:

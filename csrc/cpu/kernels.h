@@ -45,11 +45,21 @@ struct LowRank {
   Matrix base;                   // the product with the frozen weight; it may share the memory of the result
 };
 
+// The part b + h G of the output of a layer that has not been added to the base product of the layer yet.
+struct Pending {
+  const float* b = nullptr;  // [d_out of the layer]; null means zeros
+  Matrix h;                  // [tokens, rank]
+  int64_t rank = 0;
+  const void* G = nullptr;  // panel [rank, d_out of the layer], in strips; null if nothing is pending
+};
+
 // Computes h = a D and y = base + b + h G. Without a producer, a is x, and base is x W^T. With a producer, a is its
-// output, and base is null; the caller then adds a W^T to y.
+// output, and base is null; the caller then adds a W^T to y. If x is the output of a layer with a pending part, this
+// part is first added to x, in place.
 struct Forward : LowRank {
+  Pending pending;           // of the layer whose output is x, in the type of y
   Matrix a;                  // [tokens, d_in], written if there is a producer
-  Matrix y;                  // [tokens, d_out]
+  Matrix y;                  // [tokens, d_out]; if data is null, only a and h are computed
   const float* b = nullptr;  // [d_out]; null means zeros
   const void* D = nullptr;   // panel [d_in, padded_rank]
   const void* G = nullptr;   // panel [rank, d_out], in strips

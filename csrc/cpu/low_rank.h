@@ -201,6 +201,15 @@ void down(int64_t rows, int64_t depth, int64_t padded_rank, Rows<const E> left, 
       Rows<const E>{static_cast<const E*>(right), padded_rank * TOGETHER<E>}, Base<float>{}, C, ahead);
 }
 
+// Adds the pending part of the layer before the producer to rows t .. t + rows - 1 of op.x, which are of type T.
+template <class T>
+void add_pending(const Forward& op, int64_t t, int64_t rows) {
+  using E = Element<T>;
+  const Rows<const E> h = elements<T>(op.pending.h, t, rows, op.pending.rank, scratch().h);
+  const Base<T> base{row_of<const T>(op.x, t), op.x.row, op.pending.b};
+  up(rows, op.d_in, op.pending.rank, h, op.pending.G, base, Rows<T>{row_of<T>(op.x, t), op.x.row});
+}
+
 // Implements Kernels::forward. T is the type of W, y and h, and X is the type of x.
 template <class X, class T>
 void forward(const Forward& op, int64_t begin, int64_t end) {
@@ -211,11 +220,14 @@ void forward(const Forward& op, int64_t begin, int64_t end) {
   const Rows<float> wide{space.narrow.room(block * op.padded_rank), op.padded_rank};
   for (int64_t t = begin; t < end; t += block) {
     const int64_t rows = std::min(block, end - t);
+    if constexpr (std::is_same_v<X, T>) {
+      if (op.pending.G) add_pending<T>(op, t, rows);
+    }
     const Rows<const E> a = block_at<X, T>(op, t, rows, true, op.a).a;
     down(rows, op.d_in, op.padded_rank, a, op.D, wide,
         next_block<X, E>(op.x, t, rows, end, op.d_in, rows, op.padded_rank, op.d_in));
     const Rows<const E> h = round_rows<T>(wide, rows, op.rank, op.h, t, space.half_narrow);
-    up(rows, op.d_out, op.rank, h, op.G, base_of<T>(op, t, op.b), Rows<T>{row_of<T>(op.y, t), op.y.row});
+    if (op.y.data) up(rows, op.d_out, op.rank, h, op.G, base_of<T>(op, t, op.b), Rows<T>{row_of<T>(op.y, t), op.y.row});
   }
 }
 

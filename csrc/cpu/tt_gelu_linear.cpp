@@ -6,12 +6,6 @@ namespace efft {
 
 namespace {
 
-ProducerArguments gelu(const std::string& approximate) {
-  ProducerArguments producer;
-  producer.kind = approximate == "tanh" ? Producer::gelu_tanh : Producer::gelu;
-  return producer;
-}
-
 Linear tt_gelu_linear_fwd(Tensor z, Tensor W, std::optional<Tensor> b, Tensor D, Tensor G, std::string approximate) {
   return linear_forward(z, gelu(approximate), W, b, D, G);
 }

@@ -1,11 +1,13 @@
-// Implements efft::tt_linear_{fwd,bwd}.cpu, and the functions that this op shares with tt_gelu_linear and
-// tt_norm_linear. These two include a producer, the GELU or layer norm that runs directly before the layer.
+// Implements efft::tt_linear_{fwd,bwd}.cpu, and the functions that this op shares with tt_gelu_linear, tt_norm_linear
+// and tt_mlp. These include a producer, the GELU or layer norm that runs directly before a layer.
 //
 // Torch computes the base product (the product with the frozen weight), which is x W^T in the forward pass and gy W in
 // the backward pass. The base product comes first, because torch writes a new product faster than it adds a product to
 // an existing tensor. Then our kernels process the tokens and add the rank-r products: y += b + h G in the forward
 // pass, and dx += dh D^T in the backward pass. The forward pass with a producer has the reverse order, because our
-// kernels then also compute a, the output of the producer, which is the input of the base product.
+// kernels then also compute a, the output of the producer, which is the input of the base product. In tt_mlp, the GELU
+// reads the output of another layer. The same pass over the tokens then also adds b + h G of that layer to its output,
+// and therefore the base product of that layer need not be added to an existing tensor.
 #include "tt_linear.h"
 
 #include <vector>
@@ -29,11 +31,11 @@ class Vector {
 
 // Fills the fields of `op` that the forward and backward passes set in the same way: the producer, its parameters and
 // statistics, and the sizes of the factors.
-void describe(LowRank& op, const ProducerArguments& producer, const Tensor& D, const Tensor& G, const Vector& gamma,
+void describe(LowRank& op, const ProducerArguments& producer, const Tensor& D, int64_t d_out, const Vector& gamma,
     const Vector& beta) {
   op.producer = producer.kind;
   op.d_in = D.size(0);
-  op.d_out = G.size(1);
+  op.d_out = d_out;
   op.rank = D.size(1);
   op.padded_rank = (op.rank + PANEL_COLUMNS - 1) / PANEL_COLUMNS * PANEL_COLUMNS;
   op.gamma = gamma.data();
@@ -59,18 +61,43 @@ void check_operands(
   check(need.dG, "dG", h, "h");
 }
 
+ProducerArguments gelu(const std::string& approximate) {
+  ProducerArguments producer;
+  producer.kind = approximate == "tanh" ? Producer::gelu_tanh : Producer::gelu;
+  return producer;
+}
+
+Linear project(const Tensor& x_, const ProducerArguments& producer, const Tensor& like, const Tensor& D) {
+  const Tensor x = with_unit_rows(x_);
+  const int64_t tokens = x.size(0);
+  const Tensor a = producer.kind == Producer::none ? x : empty(like, {tokens, D.size(0)});
+  const Tensor h = empty(like, {tokens, D.size(1)});
+  const Vector gamma(producer.gamma), beta(producer.beta);
+  const Panel down(D, Panel::Order::rows, false, type_of(like));
+  Forward op;
+  describe(op, producer, D, 0, gamma, beta);
+  op.x = matrix(x);
+  op.a = matrix(a);
+  op.h = matrix(h);
+  op.y.type = type_of(like);
+  op.D = down.elements();
+  Parts(tokens).run([&](int64_t, int64_t begin, int64_t end) { kernels().forward(op, begin, end); });
+  return {a, h};
+}
+
 Linear linear_forward(const Tensor& x_, const ProducerArguments& producer, const Tensor& W,
-    const std::optional<Tensor>& b, const Tensor& D, const Tensor& G, const Linear* into) {
+    const std::optional<Tensor>& b, const Tensor& D, const Tensor& G, const Linear* into,
+    const PendingOutput* pending) {
   const Tensor x = with_unit_rows(x_);
   const int64_t tokens = x.size(0);
   const bool plain = producer.kind == Producer::none;
   const auto [y, h] = into ? *into : Linear{empty(W, {tokens, W.size(0)}), empty(W, {tokens, D.size(1)})};
   const Tensor a = plain ? x : empty(W, {tokens, W.size(1)});
-  const Vector bias(b), gamma(producer.gamma), beta(producer.beta);
+  const Vector bias(b), gamma(producer.gamma), beta(producer.beta), pending_bias(pending ? pending->b : std::nullopt);
   const Type type = type_of(W);
   const Panel down(D, Panel::Order::rows, false, type), up(G, Panel::Order::strips, false, type);
   Forward op;
-  describe(op, producer, D, G, gamma, beta);
+  describe(op, producer, D, G.size(1), gamma, beta);
   op.x = matrix(x);
   op.a = matrix(a);
   op.y = matrix(y);
@@ -78,6 +105,11 @@ Linear linear_forward(const Tensor& x_, const ProducerArguments& producer, const
   op.b = bias.data();
   op.D = down.elements();
   op.G = up.elements();
+  std::optional<Panel> pending_up;
+  if (pending) {
+    pending_up.emplace(pending->G, Panel::Order::strips, false, type);
+    op.pending = {pending_bias.data(), matrix(pending->h), pending->G.size(0), pending_up->elements()};
+  }
   if (plain) {
     multiply(y, x, transposed(W), false);
     op.base = op.y;
@@ -98,7 +130,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
   const Type type = type_of(gy);
   const Panel Gt(G, Panel::Order::rows, true, type), Dt(D, Panel::Order::strips, true, type);
   Backward op;
-  describe(op, producer, D, G, gamma, beta);
+  describe(op, producer, D, G.size(1), gamma, beta);
   op.gy = matrix(gy);
   op.Gt = Gt.elements();
   op.Dt = Dt.elements();

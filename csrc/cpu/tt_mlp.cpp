@@ -1,16 +1,12 @@
 // Implements efft::tt_mlp_{fwd,bwd}.cpu: an MLP of two adapted layers with a GELU between them, optionally after a
-// layer norm.
+// layer norm. For each block of tokens, the forward pass adds b1 + h1 G1 to the base product of the first layer,
+// applies the GELU, and computes h2 and h2 G2, while the rows of z are in the cache. The backward pass is that of the
+// two layers.
 #include "tt_linear.h"
 
 namespace efft {
 
 namespace {
-
-ProducerArguments gelu(const std::string& approximate) {
-  ProducerArguments producer;
-  producer.kind = approximate == "tanh" ? Producer::gelu_tanh : Producer::gelu;
-  return producer;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tt_mlp_fwd(Tensor x, std::optional<Tensor> gamma,
     std::optional<Tensor> beta, std::optional<double> eps, Tensor W1, std::optional<Tensor> b1, Tensor D1, Tensor G1,
@@ -20,8 +16,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tt_mlp_fwd(Tensor x, 
   norm.mean = empty(x, {statistics}, ScalarType::Float);
   norm.rstd = empty(x, {statistics}, ScalarType::Float);
   if (eps.has_value()) norm = {Producer::norm, gamma, beta, *eps, norm.mean, norm.rstd};
-  const auto [z, h1] = linear_forward(x, norm, W1, b1, D1, G1);
-  const auto [y, h2] = linear_forward(z, gelu(approximate), W2, b2, D2, G2);
+  const auto [n, h1] = project(x, norm, W1, D1);
+  const Tensor z = empty(W1, {x.size(0), W1.size(0)});
+  multiply(z, n, transposed(W1), false);
+  const PendingOutput pending{b1, h1, G1};
+  const auto [y, h2] = linear_forward(z, gelu(approximate), W2, b2, D2, G2, nullptr, &pending);
   return {y, z, h1, h2, norm.mean, norm.rstd};
 }
 
@@ -35,8 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const LinearBackward of_second =
       linear_backward(gy, z, gelu(approximate), W2, h2, D2, G2, {need_dz, need_dD2, need_dG2, need_db2});
   ProducerArguments norm;
-  if (eps.has_value())
-    norm = {Producer::norm, gamma, beta, *eps, torch::stable::contiguous(mean), torch::stable::contiguous(rstd)};
+  if (eps.has_value()) norm = {Producer::norm, gamma, beta, *eps, with_unit_rows(mean), with_unit_rows(rstd)};
   // If dz is not needed, no gradient of the first layer is, and dz has no elements.
   const Tensor dz = need_dz ? of_second.dx : empty(z, {0, z.size(1)});
   const LinearBackward of_first = linear_backward(dz, x, norm, W1, h1, D1, G1, first);

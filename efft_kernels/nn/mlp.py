@@ -6,9 +6,9 @@ calls are the *chain* of the module. To find the chain, the method is called wit
 module and with a :class:`_Marker` instead of the input. In addition, the code of the method must contain no names
 except those of the submodules. Therefore it cannot use anything else, such as a context that disables autocast.
 
-A call of a fused module checks that each submodule from the first layer to the second one is what ``tt_mlp`` computes.
-Otherwise it calls the submodules as usual. The output of the first layer is never visible outside of the op. Therefore
-nothing else can read or change it, unlike the output of a module that :mod:`efft_kernels.nn.producers` fuses.
+A call of a fused module checks that ``tt_mlp`` computes the same as the submodules from the first layer to the second
+one. Otherwise it calls the submodules as usual. The output of the first layer is never visible outside of the op.
+Therefore nothing else can read or change it, unlike the output of a module that :mod:`efft_kernels.nn.producers` fuses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Chain(NamedTuple):
     """Hold the names of the submodules that a module calls, in the order of the calls.
 
     Attributes:
-        names: the names.
+        names: the names of the submodules.
         first, gelu, second: the indices in ``names`` of the first layer, the GELU and the second layer.
         is_all: whether the module calls all its submodules, as an ``nn.Sequential`` does.
     """
@@ -156,6 +156,7 @@ def _is_gelu(module: nn.Module | None) -> bool:
 
 
 def _forward(module: Any, chain: _Chain, *args: Any, **kwargs: Any) -> Any:
+    """Call the submodules of the chain in turn, and replace those of the MLP by one op if the op computes the same."""
     modules = module._modules
     if len(args) != 1 or kwargs or not _can_run(modules, chain):
         return type(module).forward(module, *args, **kwargs)
@@ -184,8 +185,7 @@ def _can_run(modules: Any, chain: _Chain) -> bool:
         return False
     for i in range(chain.first, chain.second + 1):
         module = modules.get(chain.names[i])
-        own = module.__dict__ if module is not None else {}
-        if any(own.get(hooks) for hooks in _HOOKS):
+        if module is None or _has_hooks(own := module.__dict__):
             return False
         if i == chain.gelu:
             if not _is_gelu(module):
@@ -202,11 +202,15 @@ def _can_run(modules: Any, chain: _Chain) -> bool:
     return True
 
 
-#: The attributes of a module that are set if a call of the module does more than to call its forward method.
-_HOOKS = (
-    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-    "_compiled_call_impl",
-)
+def _has_hooks(own: dict[str, Any]) -> bool:
+    """Return whether a call of the module with the attributes ``own`` does more than to call its forward method."""
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own.get("_compiled_call_impl")
+    )
 
 
 def _is_frozen(layer: EfftLinear) -> bool:
@@ -221,12 +225,17 @@ def _is_input(x: object) -> bool:
 
 
 def _mlp(x: Tensor, first: EfftLinear, gelu: nn.Module, second: EfftLinear) -> Tensor:
-    operands = [
-        (stored_in(layer, "weight"), layer.bias, *layer.factors.down_up(layer.binding)) for layer in (first, second)
-    ]
-    (W1, b1, D1, G1), (W2, b2, D2, G2) = operands
+    """Compute ``second(gelu(first(x)))`` with one op, which includes the norm if ``x`` is a postponed output."""
+    W1, b1, D1, G1 = _operands(first)
+    W2, b2, D2, G2 = _operands(second)
     norm: dict[str, Any] = {}
     if isinstance(x, ProducerOutput):
         changed = x.changed()
         x, norm = x.norm_arguments() if changed is None else (changed, {})
     return tt_mlp(x, W1, b1, D1, G1, W2, b2, D2, G2, **norm, approximate=approximation(gelu) or "none")
+
+
+def _operands(layer: EfftLinear) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Return W, b, D and G of an adapted layer."""
+    D, G = layer.factors.down_up(layer.binding)
+    return stored_in(layer, "weight"), layer._parameters.get("bias"), D, G

@@ -18,12 +18,13 @@ from efft_kernels._arguments import (
     check_linear,
     check_number,
     check_shape,
-    flatten_tokens,
     linear_sizes,
     no_autocast,
+    rows_of,
     unflatten_tokens,
     unless_wider,
 )
+from efft_kernels._calls import choices, note_choice, signature_of_many
 from efft_kernels._packed import find
 from efft_kernels.backends import Backend, declare, resolve
 
@@ -181,40 +182,64 @@ def tt_mlp(
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"tt_mlp: approximate must be 'none' or 'tanh', got {approximate!r}")
-    check_linear("tt_mlp", "x", x, W1, b1, D1, G1, layer="1")
-    check_layer("tt_mlp", W2, b2, D2, G2, layer="2")
-    if W2.shape[1] != W1.shape[0]:
-        raise ValueError(f"tt_mlp: W2 must be [d_out, d_hidden={W1.shape[0]}], got shape {list(W2.shape)}")
-    _check_norm(x, gamma, beta, eps)
-    if eps is None:
-        x, W1, W2 = autocast_like_linear(x, W1, W2)
-        check_dtypes("tt_mlp", "W1", W1.dtype, x=x)
-    else:
+    if eps is not None:
+        check_number("tt_mlp", "eps", eps)
+    tensors = gamma, beta, W1, b1, D1, G1, W2, b2, D2, G2
+    call, autocast = signature_of_many("tt_mlp", backend, eps is None, x, *tensors)
+    chosen = choices.get(call) if call is not None else None
+    if chosen is None:
+        _check_shapes(x, gamma, beta, eps is None, W1, b1, D1, G1, W2, b2, D2, G2)
+    if chosen is None or autocast is not None:
         W1, W2 = autocast_like_linear(W1, W2)
-    b1, b2 = autocast_bias(b1), autocast_bias(b2)
-    like = {name: unless_wider(b, W1.dtype) for name, b in (("b1", b1), ("b2", b2))}
-    check_dtypes("tt_mlp", "W1", W1.dtype, W2=W2, **like)
-    check_frozen("tt_mlp", W1=W1, W2=W2)
-    tensors = W1, x, gamma, beta, b1, D1, G1, W2, b2, D2, G2
-    chosen = resolve("tt_mlp", backend, *tensors, sizes=linear_sizes(x, W2, D2), measured="tt_gelu_linear")
+        if eps is None:
+            (x,) = autocast_like_linear(x)
+        b1, b2 = autocast_bias(b1), autocast_bias(b2)
+    if chosen is None:
+        biases = {name: unless_wider(b, W1.dtype) for name, b in (("b1", b1), ("b2", b2))}
+        if eps is None:
+            check_dtypes("tt_mlp", "W1", W1.dtype, x=x)
+        check_dtypes("tt_mlp", "W1", W1.dtype, W2=W2, **biases)
+    if W1.requires_grad or W2.requires_grad:
+        check_frozen("tt_mlp", W1=W1, W2=W2)
+    if chosen is None:
+        tensors = gamma, beta, W1, b1, D1, G1, W2, b2, D2, G2
+        sizes = linear_sizes(x, W2, D2)
+        chosen = resolve("tt_mlp", backend, W1, x, *tensors, sizes=sizes, measured="tt_gelu_linear")
+        note_choice(call, chosen, x.device)
     if chosen is Backend.REFERENCE:
         return reference.tt_mlp(x, gamma, beta, eps, W1, b1, D1, G1, W2, b2, D2, G2, approximate)
     return _TTMlp.apply(x, gamma, beta, W1, b1, D1, G1, W2, b2, D2, G2, eps, approximate, chosen)
 
 
-def _check_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float | None) -> None:
-    """Raise an error unless the arguments of the norm match each other and ``x``."""
-    given = [name for name, parameter in (("gamma", gamma), ("beta", beta)) if parameter is not None]
-    if eps is None:
-        if given:
-            raise ValueError(
-                f"tt_mlp: without eps there is no norm, got {' and '.join(given)}; pass eps, or leave them out"
-            )
-        return
-    check_number("tt_mlp", "eps", eps)
-    for name, parameter in (("gamma", gamma), ("beta", beta)):
-        if parameter is not None:
-            check_shape("tt_mlp", name, parameter, (x.shape[-1],), "[d_in]")
+def _check_shapes(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    is_plain: bool,
+    W1: Tensor,
+    b1: Tensor | None,
+    D1: Tensor,
+    G1: Tensor,
+    W2: Tensor,
+    b2: Tensor | None,
+    D2: Tensor,
+    G2: Tensor,
+) -> None:
+    """Raise an error unless the shapes match, and the arguments of the norm match each other and ``is_plain``.
+
+    ``is_plain`` says that there is no norm.
+    """
+    check_linear("tt_mlp", "x", x, W1, b1, D1, G1, layer="1")
+    check_layer("tt_mlp", W2, b2, D2, G2, layer="2")
+    if W2.shape[1] != W1.shape[0]:
+        raise ValueError(f"tt_mlp: W2 must be [d_out, d_hidden={W1.shape[0]}], got shape {list(W2.shape)}")
+    given = {name: parameter for name, parameter in (("gamma", gamma), ("beta", beta)) if parameter is not None}
+    if is_plain and given:
+        raise ValueError(
+            f"tt_mlp: without eps there is no norm, got {' and '.join(given)}; pass eps, or leave them out"
+        )
+    for name, parameter in given.items():
+        check_shape("tt_mlp", name, parameter, (x.shape[-1],), "[d_in]")
     if gamma is not None and beta is not None and gamma.dtype != beta.dtype:
         raise ValueError(f"tt_mlp: gamma and beta must have the same dtype, got {gamma.dtype} and {beta.dtype}")
 
@@ -250,7 +275,7 @@ class _TTMlp(torch.autograd.Function):
         )
         with no_autocast(x.device):
             y, z, h1, h2, mean, rstd = _FORWARD[backend](
-                flatten_tokens(x), gamma, beta, eps, W1, b1, *first, W2, b2, *second, approximate
+                rows_of(x), gamma, beta, eps, W1, b1, *first, W2, b2, *second, approximate
             )
         needs = ctx.needs_input_grad
         need_z = any(needs[:7])
@@ -270,7 +295,7 @@ class _TTMlp(torch.autograd.Function):
             ctx.needs_input_grad[:11]
         )
         needs = need_dx, need_dD1, need_dG1, need_db1, need_dD2, need_dG2, need_db2, need_dgamma, need_dbeta
-        leading, gy, rows = gy.shape[:-1], flatten_tokens(gy), flatten_tokens(x)
+        leading, gy, rows = gy.shape[:-1], rows_of(gy), rows_of(x)
         norm = gamma, beta, ctx.eps
         grads: tuple[Tensor | None, ...]
         with no_autocast(gy.device):
@@ -289,8 +314,9 @@ class _TTMlp(torch.autograd.Function):
                 *(None if parameter is None else parameter.dtype for parameter in (gamma, beta)),
             )
             dx, dD1, dG1, db1, dD2, dG2, db2, dgamma, dbeta = (
-                None if grad is None or not need else grad.to(dtype)
+                None if grad is None or not need else grad if grad.dtype == dtype else grad.to(dtype)
                 for grad, need, dtype in zip(grads, needs, dtypes, strict=True)
             )
-        dx = None if dx is None else dx.view(*leading, dx.shape[-1])
+        if dx is not None and dx.shape != x.shape:
+            dx = dx.view(*leading, dx.shape[-1])
         return dx, dgamma, dbeta, None, db1, dD1, dG1, None, db2, dD2, dG2, None, None, None

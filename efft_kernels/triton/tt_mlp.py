@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from efft_kernels.eager import Layers, mlp_backward, mlp_forward
+from efft_kernels._mlp import Layers, mlp_backward, mlp_forward
 from efft_kernels.triton.tt_gelu_linear import tt_gelu_linear_bwd, tt_gelu_linear_fwd
 from efft_kernels.triton.tt_linear import tt_linear_bwd, tt_linear_fwd
 from efft_kernels.triton.tt_norm_linear import tt_norm_linear_bwd, tt_norm_linear_fwd

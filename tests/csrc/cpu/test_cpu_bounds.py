@@ -1,8 +1,9 @@
-"""Test that ``tt_linear`` and the ops with a producer do not read memory beyond the end of an operand on the CPU.
+"""Test that ops of the backend cpu do not read memory beyond the end of an operand.
 
-A producer is a GELU or layer norm before the layer. Each operand ends directly before an unreadable page of memory, so
-an access beyond the end stops the process. This also finds wrong loads of matrix registers (AMX), which the sanitizers
-do not check. The results must agree with those of operands in ordinary memory.
+The ops are ``tt_linear``, ``tt_mlp``, and the ops with a producer, a GELU or layer norm before the layer. Each operand
+ends directly before an unreadable page of memory, so an access beyond the end stops the process. This also finds wrong
+loads of matrix registers (AMX), which the sanitizers do not check. The results must agree with those of operands in
+ordinary memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(native.MISSING["cpu"] is not None, reason=native
 PROGRAM = """
 import ctypes, mmap, random
 import torch
-from efft_kernels import tt_gelu_linear, tt_linear, tt_norm_linear
+from efft_kernels import tt_gelu_linear, tt_linear, tt_mlp, tt_norm_linear
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -40,12 +41,13 @@ for _ in range(150):
     tokens, d_in, d_out, r = draw.randint(1, 70), draw.randint(1, 90), draw.randint(1, 90), draw.randint(1, 40)
     dtype = draw.choice([torch.bfloat16, torch.float32])
     x, W, b, gy = (torch.randn(size).to(dtype) for size in ((tokens, d_in), (d_out, d_in), (d_out,), (tokens, d_out)))
-    D, G = torch.randn(d_in, r), torch.randn(r, d_out)
+    D, G, W2 = torch.randn(d_in, r), torch.randn(r, d_out), torch.randn(d_out, d_out).to(dtype)
     for op in (
         lambda x, W, b, D, G: tt_linear(x, W, b, D, G, backend="cpu"),
         lambda x, W, b, D, G: tt_gelu_linear(x, W, b, D, G, backend="cpu"),
         lambda x, W, b, D, G: tt_norm_linear(x, None, None, W, b, D, G, backend="cpu"),
         lambda x, W, b, D, G: tt_norm_linear(x, D[:, 0].contiguous(), D[:, -1].contiguous(), W, b, D, G, backend="cpu"),
+        lambda x, W, b, D, G: tt_mlp(x, W, b, D, G, at_the_end(W2), b, G.t(), G, eps=1e-5, backend="cpu"),
     ):
         results = []
         for place in (torch.clone, at_the_end):

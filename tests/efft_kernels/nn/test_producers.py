@@ -222,6 +222,20 @@ def test_an_output_changed_in_place(module: nn.Module, layer: EfftLinear, change
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_output_in_inference_mode(module: nn.Module, layer: EfftLinear) -> None:
+    """The input is an ordinary tensor, but values that are computed from it are inference tensors."""
+    x = inputs().detach()
+    with torch.inference_mode():
+        a, usual = module(x), plain(module, x)
+        assert isinstance(a, ProducerOutput)
+        torch.testing.assert_close(layer(a), layer(usual), rtol=1e-4, atol=1e-4)
+        assert torch.equal(a + 1, usual + 1)
+        a[:, 0].mul_(2)
+        usual[:, 0].mul_(2)
+        assert torch.equal(a + 1, usual + 1)
+        torch.testing.assert_close(layer(a), layer(usual), rtol=1e-4, atol=1e-4)
+
+
 def test_an_output_changed_in_place_through_two_views(module: nn.Module, layer: EfftLinear) -> None:
     a = module(inputs())
     first, second = a[:, :3], a[:, 3:]
