@@ -47,7 +47,7 @@ COMMANDS = {
         "compare the generations of the CUDA kernels, in processes that take turns",
     ),
     "timeline": ("benchmarks.timeline", "list the kernels of a block and of a training step, with their times"),
-    "steps": ("benchmarks.steps", "predict the gain of each planned change to the cuda backend; measures nothing"),
+    "steps": ("benchmarks.steps_page", "predict the gain of each planned change to the cuda backend; measures nothing"),
     "compare": ("benchmarks.compare", "find slowdowns between two result files or two revisions"),
     "plot": ("benchmarks.plots", "draw pictures from result files"),
     "tables": ("benchmarks.readme", "write the documentation's tables from result files"),

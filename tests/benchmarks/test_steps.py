@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import steps, steps_mlp
+from benchmarks import steps_mlp, steps_page
 from benchmarks.steps import (
     LAYERS,
     PASSES,
@@ -143,4 +143,4 @@ def test_each_generation_makes_the_mlp_faster(gpu: str) -> None:
 
 
 def test_the_committed_page_is_current() -> None:
-    assert (record.RESULTS / "steps.md").read_text() == steps.render(), "run: python -m benchmarks steps --write"
+    assert (record.RESULTS / "steps.md").read_text() == steps_page.render(), "run: python -m benchmarks steps --write"
