@@ -9,8 +9,8 @@
 // - EFFT_EMULATION_REVERSE: if set, the threads run in reverse order. A missing barrier causes a wrong result in one of
 //   the two orders.
 // - EFFT_EMULATION_SEED: a number. The threads run in a random order, which changes from turn to turn, and asynchronous
-//   operations complete at random times. If the number is even, the scheduler also holds back a random warp for many
-//   turns, as long as other threads can run. This shows whether the others wait for the warp where they must.
+//   operations complete at random times. If the number is even, some of the warps that a numbered barrier releases do
+//   not run before nothing else can happen. This shows whether the others wait for these warps where they must.
 // - EFFT_EMULATION_CAPABILITY: 8 (the default) or 9, the compute capability of the GPU.
 // - EFFT_EMULATION_PROCESSORS: the number of multiprocessors of the GPU. The default is 2.
 // - EFFT_EMULATION_COUNT: if set, the bytes that each launch reads and writes are counted.
@@ -60,6 +60,9 @@ std::map<const void*, size_t> asked;       // bytes of shared memory that each l
 
 // The launches, see efft_emulation_launches.
 std::string log;
+
+constexpr size_t NONE = ~size_t{0};
+size_t held_back = NONE;  // the number of a warp that does not run while anything else can happen
 
 int processors() {
   const char* const said = std::getenv("EFFT_EMULATION_PROCESSORS");
@@ -208,12 +211,10 @@ void run_cluster() {
   size_t late = order().reverse ? 0 : blocks.size() - 1;
   if (order().drawn) late = order().below(blocks.size() + 1);
   if (blocks.size() == 1) late = blocks.size();
-  const size_t none = count / WARP;
-  size_t held_back = none;  // the number of a warp
+  held_back = NONE;
   while (error.empty()) {
     bool ran = false, all_finished = true;
     if (order().drawn) std::shuffle(numbers.begin(), numbers.end(), order().draw);
-    if (order().drawn && order().seed % 2 == 0 && order().below(16) == 0) held_back = order().below(none);
     for (size_t i = 0; i < count && error.empty(); ++i) {
       if (threads[numbers[i]].state == State::ready && numbers[i] / threads_per_block != late &&
           numbers[i] / WARP != held_back) {
@@ -223,14 +224,14 @@ void run_cluster() {
       all_finished = all_finished && threads[numbers[i]].state == State::finished;
     }
     if (all_finished || !error.empty()) return;
-    if (!ran && held_back != none) {
-      held_back = none;
-      continue;
-    }
     bool opened = false;
     for (size_t block = 0; !ran && block < blocks.size(); ++block) opened = opens_barrier(block) || opened;
     if (ran ? order().drawn && order().below(8) == 0 : !opened && error.empty()) {
       if (something_happens() || ran) continue;
+      if (held_back != NONE) {
+        held_back = NONE;
+        continue;
+      }
       if (late == blocks.size()) fail_at_standstill();
       late = blocks.size();
     }
@@ -261,6 +262,11 @@ bool in_stack_of_thread(const void* place) {
   const auto* const at = static_cast<const char*>(place);
   const char* const stack = fibers[running].stack.get();
   return at >= stack && at < stack + STACK;
+}
+
+void hold_back_one_of(const std::vector<size_t>& warps) {
+  if (order().drawn && order().seed % 2 == 0 && !warps.empty() && order().below(4) == 0)
+    held_back = warps[order().below(warps.size())];
 }
 
 [[gnu::noinline]] void pause() {

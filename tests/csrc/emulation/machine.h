@@ -82,6 +82,8 @@ void touch_global(const void* place, size_t bytes, bool writes);
 // Memory is counted in sectors of 32 bytes, and each sector at most once for reads and once for writes.
 void start_traffic(bool dependent, const void* stack_of_host);
 std::pair<size_t, size_t> end_traffic();
+// May hold back one of these warps, which a barrier has released; see EFFT_EMULATION_SEED in emulation.cpp.
+void hold_back_one_of(const std::vector<size_t>& warps);
 // Lets other threads run until the state of the running thread is `ready` again.
 void pause();
 

@@ -43,6 +43,7 @@ bool passes_named_barrier(size_t warp, int number, int threads, bool waits) {
   if (barrier.warps.size() * WARP < static_cast<size_t>(threads)) return !waits;
   for (const size_t waiting : barrier.waiting)
     for (size_t i = waiting * WARP; i < (waiting + 1) * WARP; ++i) emulation::threads[i].state = State::ready;
+  hold_back_one_of(barrier.waiting);
   barrier = {};
   return true;
 }
