@@ -471,18 +471,25 @@ _FP8 = {
 def fp8() -> str:
     """Return the table of the study ``fp8``: errors before training, and accuracies compared with those in bf16.
 
-    Each run is compared with the run in bf16 of the suite ``twelve`` that has the same task and seed.
+    Each run is compared with the run in bf16 of the suite ``twelve`` that has the same task and seed. The errors are
+    means over the tasks and seeds for which all settings have errors.
     """
     lines = read("fp8")
     if not lines:
         return NOTHING
     of_suite = [x for x in read(f"compare_{_FP8_SUITE}") if (x["method"], x["stage"]) == (_FP8_METHOD, "final")]
     bf16 = {(x["task"], x["seed"]): x for x in of_suite}
+    measured: dict[str, dict[tuple[str, int], Line]] = {}
+    for line in lines:
+        measured.setdefault(line["setting"], {})[line["task"], line["seed"]] = line
+    common = set.intersection(*(set(runs) for runs in measured.values()))
     rows = []
-    for name in sorted({line["setting"] for line in lines}, key=list(_FP8).index):
-        of_setting = {(x["task"], x["seed"]): x for x in lines if x["setting"] == name}
+    for name in sorted(measured, key=list(_FP8).index):
         trained = {(x["task"], x["seed"]): x for x in lines if x["setting"] == name and "test_accuracy" in x}
-        found = [f"{fmean(x[f'{what}_error'] for x in of_setting.values()):.1%}" for what in ("logits", "gradients")]
+        found = [
+            f"{fmean(measured[name][run][f'{what}_error'] for run in common):.1%}" if common else "-"
+            for what in ("logits", "gradients")
+        ]
         pairs = [(line, bf16[run]) for run, line in trained.items() if run in bf16]
         means = [f"{fmean(100 * x['test_accuracy'] for x in runs):.1f}" for runs in zip(*pairs, strict=True)] or ["-"]
         rows.append([_FP8[name], *found, str(len(pairs)), means[-1], means[0], _difference(pairs, "test_accuracy")])
