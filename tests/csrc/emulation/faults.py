@@ -564,13 +564,6 @@ THIRD_FAULTS = {
         MLP,
         "WRONG",
     ),
-    "an output of the GELU that is not wanted": (
-        PINGPONG,
-        "const bool writes_a = !BACKWARD || op.gelu.a.data;",
-        "const bool writes_a = true;",
-        MLP,
-        "AddressSanitizer",
-    ),
     "another swizzle of the staging tile": (
         PINGPONG,
         "(chunk ^ row % 8) * 16",
