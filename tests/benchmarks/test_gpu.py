@@ -162,7 +162,7 @@ def test_every_job_leaves_its_output_and_a_result_line(tmp_path: Path) -> None:
     assert (first["job"], first["outcome"]) == ("first", "failed with exit code 1")
     assert first["last"] == ["two", "three a b", "four"]
     assert first["command"].startswith("'CHOSEN=a b' python -c ")
-    assert first["wall_s"] > 0
+    assert 0 <= first["wall_s"] <= 60
     assert first.keys() >= {"date", "machine", "versions", "commit"}
     assert (second["job"], second["outcome"], second["last"]) == ("second", "not run: the tool is missing", [])
     log = (tmp_path / "gpu.log").read_text().splitlines()

@@ -140,7 +140,7 @@ def test_float8_product_is_that_of_the_hardware(device: str, monkeypatch: pytest
 def test_behind_a_deferred_producer(quantize: Quantize, module: nn.Module) -> None:
     layer, x = make(quantize), torch.randn(5, D_IN, requires_grad=True)
     module.requires_grad_(False)
-    y = layer(ProducerOutput.of(module, x))
+    y = layer(ProducerOutput.of(module, x, getattr(module, "approximate", None)))
     torch.testing.assert_close(y, layer(module(x)), rtol=0, atol=0)
     (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(dx, torch.autograd.grad(layer(module(x)).sum(), x)[0])
