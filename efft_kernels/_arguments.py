@@ -87,6 +87,21 @@ def check_dtypes(op: str, like: str, dtype: torch.dtype, **others: Tensor | None
         )
 
 
+def check_norm(op: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> None:
+    """Raise ValueError unless the parameters of a layer norm over the last dimension of ``x`` match ``x``."""
+    for name, parameter in (("gamma", gamma), ("beta", beta)):
+        if parameter is not None:
+            check_shape(op, name, parameter, (x.shape[-1],), "[d_in]")
+    if gamma is not None and beta is not None and gamma.dtype != beta.dtype:
+        raise ValueError(f"{op}: gamma and beta must have the same dtype, got {gamma.dtype} and {beta.dtype}")
+
+
+def check_approximate(op: str, approximate: str) -> None:
+    """Raise ValueError unless ``approximate`` names a GELU of ``torch.nn.functional.gelu``."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
+
+
 def check_frozen(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError if a gradient would be recorded for one of ``tensors``."""
     trained = [name for name, t in tensors.items() if t is not None and t.requires_grad]

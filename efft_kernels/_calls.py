@@ -28,61 +28,36 @@ _MOST = 4096
 
 
 def signature(
-    op: str, backend: str | Backend | None, x: Tensor, W: Tensor, b: Tensor | None, D: Tensor, G: Tensor
+    op: str, backend: str | Backend | None, x: Tensor, *others: Tensor | None, setting: object = None
 ) -> tuple[Signature, torch.dtype | None] | tuple[None, None]:
-    """Return the signature of a call of a linear op, and the dtype to which autocast casts.
+    """Return the signature of a call of an op, and the dtype to which autocast casts.
+
+    ``x`` is the input of the op, and ``others`` are its other tensors. ``setting`` is a hashable value that represents
+    the other arguments on which the checks depend.
 
     Return (None, None) if the call must be checked in any case. This concerns code that is compiled, traced or
     transformed by ``torch.func``, in which sizes may be symbols, and arguments that are not tensors or have no
     dimension.
     """
-    if _must_be_checked():
-        return None, None
-    try:
-        device, shape = x.device, x.shape
-        dtype = autocast_dtype(device)
-        call = (
-            *(op, current_backend() if backend is None else backend, dtype, MISSING["cpu"]),
-            # On a GPU, the choice of a backend depends on the number of tokens.
-            *(shape if device.type == "cuda" else shape[-1], x.dtype, device, W.shape, W.dtype, W.device),
-            *(D.shape, D.dtype, D.device, G.shape, G.dtype, G.device),
-            *((None,) if b is None else (b.shape, b.dtype, b.device)),
-        )
-    except (AttributeError, IndexError):
-        return None, None
-    return call, dtype
-
-
-def signature_of_many(
-    op: str, backend: str | Backend | None, setting: object, x: Tensor, *others: Tensor | None
-) -> tuple[Signature, torch.dtype | None] | tuple[None, None]:
-    """Return the signature of a call of an op with any number of tensors, and the dtype to which autocast casts.
-
-    ``setting`` is a hashable value that represents the other arguments on which the checks depend. The function returns
-    (None, None) in the same cases as :func:`signature`.
-    """
-    if _must_be_checked():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    ):
         return None, None
     try:
         device, shape = x.device, x.shape
         dtype = autocast_dtype(device)
         call = (
             *(op, current_backend() if backend is None else backend, setting, dtype, MISSING["cpu"]),
+            # On a GPU, the choice of a backend depends on the number of tokens.
             *(shape if device.type == "cuda" else shape[-1], x.dtype, device),
             *[None if t is None else (t.shape, t.dtype, t.device) for t in others],
         )
     except (AttributeError, IndexError):
         return None, None
     return call, dtype
-
-
-def _must_be_checked() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    )
 
 
 def note_choice(call: Signature | None, chosen: Backend, device: torch.device) -> None:

@@ -18,13 +18,12 @@ import itertools
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from efft_kernels.nn.frozen import stored_in
 from efft_kernels.nn.linear import EfftLinear, multiplies_plainly
-from efft_kernels.nn.producers import ProducerOutput, approximation
+from efft_kernels.nn.producers import ProducerOutput, approximation, is_transformed, replaced_forward
 from efft_kernels.ops import tt_mlp
 
 
@@ -71,8 +70,7 @@ def fuse_mlp(module: nn.Module) -> bool:
 
 def unfuse_mlp(module: nn.Module) -> None:
     """Undo :func:`fuse_mlp`. Leave other modules unchanged."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, functools.partial) and forward.func is _forward:
+    if replaced_forward(module, _forward) is not None:
         del module.__dict__["forward"]
 
 
@@ -175,13 +173,7 @@ def _forward(module: Any, chain: _Chain, *args: Any, **kwargs: Any) -> Any:
 
 def _can_run(modules: Any, chain: _Chain) -> bool:
     """Return whether the op computes the same as calls of the submodules from the first layer to the second one."""
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-        or _has_any_global_hook()
-        or (chain.is_all and tuple(modules) != chain.names)
-    ):
+    if is_transformed() or _has_any_global_hook() or (chain.is_all and tuple(modules) != chain.names):
         return False
     for i in range(chain.first, chain.second + 1):
         module = modules.get(chain.names[i])

@@ -270,35 +270,38 @@ def _computes(module: Any, formula: Callable[[Any, Tensor], Tensor], x: Tensor) 
 
 def unfuse_producer(module: nn.Module) -> None:
     """Undo :func:`fuse_producer`. Leave other modules unchanged."""
-    if is_fused(module):
+    if replaced_forward(module, _forward) is not None:
         del module.__dict__["forward"]
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Return whether :func:`fuse_producer` has changed ``module``."""
+def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> functools.partial[Any] | None:
+    """Return the partial call of ``function`` that replaces the forward method of this instance, or None."""
     forward = module.__dict__.get("forward")
-    return isinstance(forward, functools.partial) and forward.func is _forward
+    return forward if isinstance(forward, functools.partial) and forward.func is function else None
+
+
+def is_transformed() -> bool:
+    """Return whether code is being compiled, exported, traced, or transformed by ``torch.func``."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def approximation(module: nn.Module) -> str | None:
     """Return which GELU a fused module computes, "none" or "tanh"; None for a LayerNorm and for other modules."""
-    if not is_fused(module):
+    forward = replaced_forward(module, _forward)
+    if forward is None:
         return None
     if isinstance(module, nn.GELU):
         return module.approximate  # may have changed since the module was fused
-    found: str | None = module.__dict__["forward"].keywords.get("approximate")
+    found: str | None = forward.keywords.get("approximate")
     return found
 
 
 def _forward(module: Any, x: Tensor, *, approximate: str | None = None) -> Tensor:
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-        or type(x) is not Tensor
-        or x.is_inference()
-        or any(getattr(module, hooks) for hooks in _HOOKS)
-    ):
+    if is_transformed() or type(x) is not Tensor or x.is_inference() or any(getattr(module, hooks) for hooks in _HOOKS):
         return _compute(module, x)
     if isinstance(module, nn.GELU):
         approximate = module.approximate  # may have changed since the module was fused

@@ -12,6 +12,7 @@ from efft_kernels import eager, reference
 from efft_kernels._arguments import (
     autocast_bias,
     autocast_like_linear,
+    check_approximate,
     check_dtypes,
     check_frozen,
     check_linear,
@@ -107,8 +108,7 @@ def tt_gelu_linear(
         ValueError: shapes or dtypes do not match, ``W`` requires a gradient, or ``approximate`` is unknown.
         RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"tt_gelu_linear: approximate must be 'none' or 'tanh', got {approximate!r}")
+    check_approximate("tt_gelu_linear", approximate)
     check_linear("tt_gelu_linear", "z", z, W, b, D, G)
     (W,), b = autocast_like_linear(W), autocast_bias(b)
     check_dtypes("tt_gelu_linear", "W", W.dtype, b=unless_wider(b, W.dtype))

@@ -12,19 +12,20 @@ from efft_kernels import eager, reference
 from efft_kernels._arguments import (
     autocast_bias,
     autocast_like_linear,
+    check_approximate,
     check_dtypes,
     check_frozen,
     check_layer,
     check_linear,
+    check_norm,
     check_number,
-    check_shape,
     linear_sizes,
     no_autocast,
     rows_of,
     unflatten_tokens,
     unless_wider,
 )
-from efft_kernels._calls import choices, note_choice, signature_of_many
+from efft_kernels._calls import choices, note_choice, signature
 from efft_kernels._packed import find
 from efft_kernels.backends import Backend, declare, resolve
 
@@ -180,12 +181,11 @@ def tt_mlp(
             ``gamma`` or ``beta`` is given without ``eps``.
         RuntimeError: the requested backend cannot run this call, or the tensors are on different devices.
     """
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"tt_mlp: approximate must be 'none' or 'tanh', got {approximate!r}")
+    check_approximate("tt_mlp", approximate)
     if eps is not None:
         check_number("tt_mlp", "eps", eps)
     tensors = gamma, beta, W1, b1, D1, G1, W2, b2, D2, G2
-    call, autocast = signature_of_many("tt_mlp", backend, eps is None, x, *tensors)
+    call, autocast = signature("tt_mlp", backend, x, *tensors, setting=eps is None)
     chosen = choices.get(call) if call is not None else None
     if chosen is None:
         _check_shapes(x, gamma, beta, eps is None, W1, b1, D1, G1, W2, b2, D2, G2)
@@ -233,15 +233,12 @@ def _check_shapes(
     check_layer("tt_mlp", W2, b2, D2, G2, layer="2")
     if W2.shape[1] != W1.shape[0]:
         raise ValueError(f"tt_mlp: W2 must be [d_out, d_hidden={W1.shape[0]}], got shape {list(W2.shape)}")
-    given = {name: parameter for name, parameter in (("gamma", gamma), ("beta", beta)) if parameter is not None}
+    given = [name for name, parameter in (("gamma", gamma), ("beta", beta)) if parameter is not None]
     if is_plain and given:
         raise ValueError(
             f"tt_mlp: without eps there is no norm, got {' and '.join(given)}; pass eps, or leave them out"
         )
-    for name, parameter in given.items():
-        check_shape("tt_mlp", name, parameter, (x.shape[-1],), "[d_in]")
-    if gamma is not None and beta is not None and gamma.dtype != beta.dtype:
-        raise ValueError(f"tt_mlp: gamma and beta must have the same dtype, got {gamma.dtype} and {beta.dtype}")
+    check_norm("tt_mlp", x, gamma, beta)
 
 
 class _TTMlp(torch.autograd.Function):

@@ -15,8 +15,8 @@ from efft_kernels._arguments import (
     check_dtypes,
     check_frozen,
     check_linear,
+    check_norm,
     check_number,
-    check_shape,
     flatten_tokens,
     linear_sizes,
     no_autocast,
@@ -139,11 +139,7 @@ def tt_norm_linear(
     check_number("tt_norm_linear", "eps", eps)
     (W,), b = autocast_like_linear(W), autocast_bias(b)
     check_dtypes("tt_norm_linear", "W", W.dtype, b=unless_wider(b, W.dtype))
-    for name, parameter in (("gamma", gamma), ("beta", beta)):
-        if parameter is not None:
-            check_shape("tt_norm_linear", name, parameter, (x.shape[-1],), "[d_in]")
-    if gamma is not None and beta is not None and gamma.dtype != beta.dtype:
-        raise ValueError(f"tt_norm_linear: gamma and beta must have the same dtype, got {gamma.dtype} and {beta.dtype}")
+    check_norm("tt_norm_linear", x, gamma, beta)
     check_frozen("tt_norm_linear", W=W)
     chosen = resolve("tt_norm_linear", backend, W, x, gamma, beta, b, D, G, sizes=linear_sizes(x, W, D))
     if chosen is Backend.REFERENCE:
