@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from benchmarks import fp8_block, tables
+from benchmarks import fp8_block, study_tables, tables
 from benchmarks.markdown import table
 from efft_lab.record import RESULTS
 
@@ -147,6 +147,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "parameters": parameters,
     **tables.TABLES,
+    **study_tables.TABLES,
     "fp8_block": fp8_block.predictions,
     "accuracy": partial(accuracy, "local"),
     "comparisons": partial(accuracy, "local", "comparisons"),

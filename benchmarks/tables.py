@@ -1,8 +1,7 @@
 """Format results as tables for the documentation. A list of the sources of the numbers follows each table.
 
-Most tables show the newest run in a result file. :func:`host` shows the first and the newest run. :func:`subspaces`,
-:func:`starts`, :func:`extras`, :func:`fp8` and :func:`study` combine several runs, and use the newest line of each
-measurement.
+Each table shows the newest run in a result file. Only :func:`host` shows the first and the newest run. The tables of
+studies of accuracy are in :mod:`benchmarks.study_tables`.
 
 In most tables a row is one implementation in a comparison. The row "floor" of the result files is the frozen baseline:
 the layer or model without an update. It computes only the gradients that every method needs. The head of a model is
@@ -15,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.markdown import table
@@ -117,8 +115,8 @@ def train_step(device: str, cuda_graphs: bool = False, amx: bool = False) -> str
         cells = [title]
         for lines in runs.values():
             line = _row(lines, name)
-            cells.append(_cell(line, "ratio", lambda x: f"{x['ratio']['p50']:.2f}"))
-            cells.append(_cell(line, "images_per_s", lambda x: f"{x['images_per_s']:.1f}"))
+            cells.append(cell(line, "ratio", lambda x: f"{x['ratio']['p50']:.2f}"))
+            cells.append(cell(line, "images_per_s", lambda x: f"{x['images_per_s']:.1f}"))
         rows.append(cells)
     return with_sources(header, rows, runs)
 
@@ -136,11 +134,11 @@ def memory(device: str) -> str:
         cells = [title]
         for lines in runs.values():
             line = _row(lines, name)
-            cells.append(_cell(line, "saved_bytes", lambda x: f"{x['saved_bytes'] / 2**20:.0f} MiB"))
-            cells.append(_cell(line, "peak_bytes", lambda x: f"{x['peak_bytes'] / 2**20:.0f} MiB"))
+            cells.append(cell(line, "saved_bytes", lambda x: f"{x['saved_bytes'] / 2**20:.0f} MiB"))
+            cells.append(cell(line, "peak_bytes", lambda x: f"{x['peak_bytes'] / 2**20:.0f} MiB"))
         step = _row(steps, name)
-        cells.append(_cell(step, "trainable", lambda x: f"{x['trainable']:,}"))
-        cells.append(_cell(step, "adapter_bytes", lambda x: f"{x['adapter_bytes'] / 1e6:.2f} MB"))
+        cells.append(cell(step, "trainable", lambda x: f"{x['trainable']:,}"))
+        cells.append(cell(step, "adapter_bytes", lambda x: f"{x['adapter_bytes'] / 1e6:.2f} MB"))
         rows.append(cells)
     return with_sources(header, rows, runs)
 
@@ -178,7 +176,7 @@ def serve(device: str) -> str:
     for name, title in _present(runs):
         of_batch = (_row((x for x in runs[dtype] if x["batch"] == batch), name) for dtype, batch in columns)
         rows.append(
-            [title, *(_cell(x, "ratio_to_base", lambda x: f"{x['ratio_to_base']['p50']:.2f}") for x in of_batch)]
+            [title, *(cell(x, "ratio_to_base", lambda x: f"{x['ratio_to_base']['p50']:.2f}") for x in of_batch)]
         )
     return with_sources(["time / plain model", *(f"{dtype}, batch {batch}" for dtype, batch in columns)], rows, runs)
 
@@ -199,10 +197,10 @@ def many_adapters(device: str) -> str:
         cells = [title]
         for dtype, batch in columns:
             line = _row((x for x in runs[dtype] if x["batch"] == batch), name)
-            cells.append(_cell(line, "ratio_to_one_adapter", lambda x: f"{x['ratio_to_one_adapter']['p50']:.2f}"))
-            cells.append(_cell(line, "ratio_to_merged", lambda x: f"{x['ratio_to_merged']['p50']:.2f}"))
+            cells.append(cell(line, "ratio_to_one_adapter", lambda x: f"{x['ratio_to_one_adapter']['p50']:.2f}"))
+            cells.append(cell(line, "ratio_to_merged", lambda x: f"{x['ratio_to_merged']['p50']:.2f}"))
         for lines in runs.values():
-            size = _cell(_row(lines, name), "bytes_per_adapter", lambda x: f"{x['bytes_per_adapter'] / 2**20:.2f} MiB")
+            size = cell(_row(lines, name), "bytes_per_adapter", lambda x: f"{x['bytes_per_adapter'] / 2**20:.2f} MiB")
             cells.append(size)
         rows.append(cells)
     return with_sources([*header, *(f"{dtype}, size of an adapter" for dtype in runs)], rows, runs)
@@ -222,10 +220,10 @@ def quantized(device: str) -> str:
         cells = [title]
         for lines in runs.values():
             line = _row(lines, name)
-            cells.append(_cell(line, "error", lambda x: f"{x['error']:.1e}"))
-            cells.append(_cell(line, "weight_bytes", lambda x: f"{x['weight_bytes'] / 2**20:.0f}"))
-            cells.append(_cell(line, "ratio", lambda x: f"{x['ratio']['fwd']['p50']:.2f}"))
-            cells.append(_cell(line, "ratio", lambda x: f"{x['ratio']['fwd_bwd']['p50']:.2f}"))
+            cells.append(cell(line, "error", lambda x: f"{x['error']:.1e}"))
+            cells.append(cell(line, "weight_bytes", lambda x: f"{x['weight_bytes'] / 2**20:.0f}"))
+            cells.append(cell(line, "ratio", lambda x: f"{x['ratio']['fwd']['p50']:.2f}"))
+            cells.append(cell(line, "ratio", lambda x: f"{x['ratio']['fwd_bwd']['p50']:.2f}"))
         rows.append(cells)
     return with_sources(header, rows, runs)
 
@@ -323,195 +321,6 @@ def demo() -> str:
     return with_sources(header, cells, {"": runs[()]})
 
 
-def subspaces() -> str:
-    """Return the table of the shares of full fine-tuning's updates and gradients that low-rank bases keep.
-
-    The shares are means over tasks and seeds.
-    """
-    newest = {(x["of"], x["set"], x["task"], x["seed"]): x for x in read("subspaces")}
-    if not newest:
-        return NOTHING
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for (of, name, *_), line in newest.items():
-        groups.setdefault((of, name), []).append(line)
-    measures = ("effective_rank", "own", "shared", "independent")
-    rows = []
-    for (of, name), lines in groups.items():
-        means = [fmean(line[measure] for line in lines) for measure in measures]
-        rows.append([of, name, f"{means[0]:.0f}", *(f"{mean:.1%}" for mean in means[1:])])
-    rank = next(iter(newest.values()))["rank"]
-    kept = ("separate bases per matrix", "one pair of bases", "one pair, random directions")
-    header = ["quantity", "matrices", "effective rank", *(f"kept at rank {rank} by {bases}" for bases in kept)]
-    return with_sources(header, rows, _by_command(newest.values()))
-
-
-_STARTS = {"side": "one side, random cores", "cores": "both sides, zero cores"}
-
-
-def starts() -> str:
-    """Return the table of EFFT2's test accuracy for each way to initialize its factors, as means over seeds."""
-    newest = {(x["kind"], x["source"], x["task"], x["seed"]): x for x in read("starts")}
-    if not newest:
-        return NOTHING
-    lines = list(newest.values())
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
-    rows = []
-    for kind, source in dict.fromkeys((line["kind"], line["source"]) for line in lines):
-        of_start = [line for line in lines if (line["kind"], line["source"]) == (kind, source)]
-        by_task = [[100 * line["test_accuracy"] for line in of_start if line["task"] == task] for task in tasks]
-        means = [fmean(accuracies) if accuracies else None for accuracies in by_task]
-        overall = None if None in means else fmean(mean for mean in means if mean is not None)
-        rows.append([_STARTS[kind], source, *("-" if mean is None else f"{mean:.1f}" for mean in [*means, overall])])
-    return with_sources(["directions in", "source", *tasks, "mean"], rows, _by_command(lines))
-
-
-_DEFAULT_EXTRAS = "efft2 r16 x0 c3 fc1pf movement0.1"
-#: For each variant (setting) in extras.jsonl, a title that names its differences from the default configuration. The
-#: sides are the factors U and V. The movement determines the scale of the update (``EfftConfig``).
-_EXTRAS = {
-    _DEFAULT_EXTRAS: "**`EfftConfig.auto()`**",
-    "efft2 r8 x0 c3 fc1pf movement0.1": "rank 8",
-    "efft2 r16 x0 c3 fc1pf": "movement 0.3",
-    "efft2 r16 x0 c1 fc1pf movement0.1": "cores at the learning rate of the sides",
-    "efft2 r16 x0 c6 fc1pf movement0.1": "cores at 6 times the learning rate",
-    "efft2 r16 x0 c3 fc1pf-1 movement0.1": "biases at the learning rate of the sides",
-    "efft2 r16 x0 c3 movement0.1": "no biases",
-    "efft2 r16 x0 c3 biases3 movement0.1": "biases of all linear layers",
-    "efft2 r16 x0 c3 fc1pf norms3 movement0.1": "norms as well",
-    "efft2 r16 x0 c3 fc1pf movement0.1 dropout0.1": "dropout 0.1",
-    "efft2 r16 x0 c3 fc1pf movement0.1 precondition": "preconditioned gradients of U and V",
-    "efft2 r16 x0 c3 fc1pf movement0.1 orthogonal": "orthogonal initial factors",
-    "efft2 r14 x0 c3 fc1pf movement0.1 in10": "rank 14 and a diagonal on the input side of each layer",
-    "efft2 r15 x3 c3 movement0.1": "rank 15, all biases and norms",
-    "efft2 r15 x3 c3 movement0.05": "rank 15, all biases and norms, movement 0.05",
-    "efft2 r15 x3 c3": "rank 15, all biases and norms, movement 0.3",
-    "efft2 r15 x1 c3 movement0.1": "rank 15, all biases and norms at the learning rate of the sides",
-    "efft2 r15 x6 c3 movement0.1": "rank 15, all biases and norms at 6 times the learning rate",
-    "efft2 r15 x3 c3 lr0.002": "rank 15, all biases and norms, movement 0.3, learning rate 0.002",
-    "efft2 r10 x0 c3 norms3 movement0.1": "rank 10, norms instead of biases",
-    "efft2 r8 x3 c3 movement0.1": "rank 8, all biases and norms",
-    "efft2 r4 x0 c3 biases3 movement0.1": "rank 4, biases of all linear layers",
-    "efft2 r4 x0 c3 biases3": "rank 4, biases of all linear layers, movement 0.3",
-    "efft2 r16 x0 c1": "no biases, one learning rate, movement 0.3 (the previous default)",
-    "lora r8 lr 0.001": "LoRA, rank 8, learning rate 0.001",
-}
-
-
-def extras() -> str:
-    """Return the table of the study ``extras``: accuracies of settings, compared with the default configuration.
-
-    Each run of a setting is compared with the run of the default that has the same task and seed. A cell contains the
-    mean difference of the accuracies over these pairs of runs, and its standard error. If a run trains the bias of the
-    attention's output projection, it also trains the bias of the patch embedding, because both have the same name.
-    """
-    roles = {"dev": "validation", "test": "test"}
-    newest = {(x["variant"], x["task"], x["seed"]): x for x in read("extras") if x["stage"] == "explore"}
-    if not newest:
-        return NOTHING
-    groups: dict[str, dict[tuple[str, int], Line]] = {}
-    for (variant, task, seed), line in newest.items():
-        groups.setdefault(variant, {})[task, seed] = line
-    default = groups[_DEFAULT_EXTRAS]
-    rows = []
-    for variant in sorted(groups, key=lambda name: list(_EXTRAS).index(name) if name in _EXTRAS else len(_EXTRAS)):
-        runs = groups[variant]
-        pairs = [(line, default[run]) for run, line in runs.items() if run in default]
-        cells = [_difference(pairs, f"{role}_accuracy") if variant != _DEFAULT_EXTRAS else "" for role in roles]
-        of = len(runs) if variant == _DEFAULT_EXTRAS else len(pairs)
-        rows.append([_EXTRAS.get(variant, variant), f"{next(iter(runs.values()))['trained']:,}", str(of), *cells])
-    header = ["setting", "trained parameters", "runs", *(f"{name}, points" for name in roles.values())]
-    lines = list(newest.values())
-    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
-    tasks = ", ".join(dict.fromkeys(line["task"] for line in lines))
-    seeds = ", ".join(dict.fromkeys(str(line["seed"]) for line in lines))
-    # The commands differ only in settings, tasks and seeds, which the table and the title of the source already name.
-    source = {**lines[-1], "commit": commits, "command": "python -m benchmarks extras run --stage explore"}
-    return with_sources(header, rows, {f"tasks {tasks}; seeds {seeds}": [source]})
-
-
-def dropout() -> str:
-    """Return the table of the default configuration with dropout, compared with no dropout, by length of training.
-
-    Each run with dropout is compared with the run without it that has the same task, seed and length.
-    """
-    plain, dropped = variants = (_DEFAULT_EXTRAS, f"{_DEFAULT_EXTRAS} dropout0.1")
-    found: dict[tuple[int, int], dict[str, dict[tuple[str, int], Line]]] = {}
-    for line in (*read("extras"), *read("extras_long")):
-        variant, _, length = line["variant"].partition(" e")
-        if line["stage"] == "explore" and variant in variants:
-            epochs = int(length.split()[0]) if length else 10
-            of_length = found.setdefault((epochs, line["updates"]), {plain: {}, dropped: {}})
-            of_length[variant][line["task"], line["seed"]] = line
-    rows, lines = [], []
-    for (epochs, updates), runs in sorted(found.items()):
-        pairs = [(line, runs[plain][run]) for run, line in runs[dropped].items() if run in runs[plain]]
-        if pairs:
-            lines += [line for pair in pairs for line in pair]
-            points = (_difference(pairs, f"{role}_accuracy") for role in ("dev", "test"))
-            tasks = ", ".join(dict.fromkeys(line["task"] for line, _ in pairs))
-            rows.append([str(epochs), f"{updates:,}", tasks, str(len(pairs)), *points])
-    if not rows:
-        return NOTHING
-    header = ["epochs", "updates", "tasks", "pairs of runs", "validation, points", "test, points"]
-    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
-    source = {**lines[-1], "commit": commits, "command": "python -m benchmarks extras run --stage explore"}
-    return with_sources(header, rows, {"": [source]})
-
-
-_FP8_SUITE, _FP8_METHOD = "twelve", "EFFT, auto"
-_FP8 = {
-    "bf16": "none (bf16)",
-    "e4m3": "`x`, `W` and `gy` to e4m3, one scale per row",
-    "e5m2": "`x` and `W` to e4m3, `gy` to e5m2, one scale per row",
-    "tensor": "`x` and `W` to e4m3, `gy` to e5m2, one scale per tensor",
-    "forward": "only `x` and `W` to e4m3, one scale per row",
-}
-
-
-def fp8() -> str:
-    """Return the table of the study ``fp8``: errors before training, and accuracies compared with those in bf16.
-
-    Each run is compared with the run in bf16 of the suite ``twelve`` that has the same task and seed. The errors are
-    means over the tasks and seeds for which all settings have errors.
-    """
-    lines = read("fp8")
-    if not lines:
-        return NOTHING
-    of_suite = [x for x in read(f"compare_{_FP8_SUITE}") if (x["method"], x["stage"]) == (_FP8_METHOD, "final")]
-    bf16 = {(x["task"], x["seed"]): x for x in of_suite}
-    measured: dict[str, dict[tuple[str, int], Line]] = {}
-    for line in lines:
-        measured.setdefault(line["setting"], {})[line["task"], line["seed"]] = line
-    common = set.intersection(*(set(runs) for runs in measured.values()))
-    rows = []
-    for name in sorted(measured, key=list(_FP8).index):
-        trained = {(x["task"], x["seed"]): x for x in lines if x["setting"] == name and "test_accuracy" in x}
-        found = [
-            f"{fmean(measured[name][run][f'{what}_error'] for run in common):.1%}" if common else "-"
-            for what in ("logits", "gradients")
-        ]
-        pairs = [(line, bf16[run]) for run, line in trained.items() if run in bf16]
-        means = [f"{fmean(100 * x['test_accuracy'] for x in runs):.1f}" for runs in zip(*pairs, strict=True)] or ["-"]
-        rows.append([_FP8[name], *found, str(len(pairs)), means[-1], means[0], _difference(pairs, "test_accuracy")])
-    header = ["rounding", "error of the logits", "error of the gradients", "runs"]
-    header += ["accuracy in bf16, %", "accuracy, %", "difference, points"]
-    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
-    tasks = ", ".join(dict.fromkeys(line["task"] for line in lines))
-    seeds = ", ".join(dict.fromkeys(str(line["seed"]) for line in lines))
-    # The commands differ only in settings, tasks and seeds.
-    source = {**lines[-1], "commit": commits, "command": "python -m benchmarks fp8"}
-    return with_sources(header, rows, {f"tasks {tasks}; seeds {seeds}": [source]})
-
-
-def _difference(pairs: Sequence[tuple[Line, Line]], field: str) -> str:
-    """Return the mean difference of ``field`` within the pairs and its standard error, in percentage points."""
-    points = [100 * (line[field] - other[field]) for line, other in pairs]
-    if not points:
-        return "-"
-    error = f" ± {stdev(points) / len(points) ** 0.5:.1f}" if len(points) > 1 else ""
-    return f"{fmean(points):+.1f}{error}"
-
-
 _FP8_ROWS = {
     "fp8": "one scale per row",
     "fp8-slow": "one scale per row, without fast accumulation",
@@ -536,22 +345,6 @@ def fp8_products() -> str:
     return with_sources(header, rows, {"": run})
 
 
-def study(name: str) -> str:
-    """Return the table of a study in :mod:`efft_lab.studies.side_by_side`: mean accuracy and its standard deviation."""
-    newest = {(x["row"], x["seed"]): x for x in read(name)}
-    groups: dict[str, list[Line]] = {}
-    for (row, _), line in newest.items():
-        groups.setdefault(row, []).append(line)
-    rows = []
-    for row, lines in groups.items():
-        accuracies = [100 * line["test_accuracy"] for line in lines]
-        spread = f" ± {stdev(accuracies):.1f}" if len(lines) > 1 else ""
-        parameters = _cell(lines[0], "parameters", lambda x: f"{x['parameters']:,}")
-        rows.append([row, parameters, f"{fmean(accuracies):.1f}{spread}", str(len(lines))])
-    header = ["method", "trained parameters", "test accuracy, %", "seeds"]
-    return with_sources(header, rows, _by_command(newest.values())) if rows else NOTHING
-
-
 _BY_DEVICE = (train_step, ops, memory, serve, many_adapters, quantized)
 #: The functions that create the tables, by table name.
 TABLES: dict[str, Callable[[], str]] = {
@@ -561,17 +354,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "train_step_amx": partial(train_step, "cpu", amx=True),
     "ops_amx": partial(ops, "cpu", amx=True),
     "demo": demo,
-    "subspaces": subspaces,
-    "extras": extras,
-    "dropout": dropout,
-    "starts": starts,
-    "fp8": fp8,
     "fp8_products": fp8_products,
     "kinds": partial(kinds, "cpu"),
     "planning": planning,
     "host": host,
-    "text": partial(study, "text"),
-    "convolutions": partial(study, "convolutions"),
 }
 
 
@@ -587,14 +373,6 @@ def with_sources(
     titled = runs.items() if isinstance(runs, Mapping) else runs
     notes = [f"- {f'{title}: ' if title else ''}{provenance(lines[0])}" for title, lines in titled]
     return table(header, rows) + "\n\n" + "\n".join(notes)
-
-
-def _by_command(lines: Iterable[Line]) -> list[tuple[str, list[Line]]]:
-    """Group lines by date and command. Return the title and the lines of each run; the title lists the run's tasks."""
-    runs: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        runs.setdefault((line["date"], line["command"]), []).append(line)
-    return [(", ".join(dict.fromkeys(str(line["task"]) for line in run)), run) for run in runs.values()]
 
 
 def provenance(line: Line) -> str:
@@ -616,14 +394,14 @@ def _row(lines: Iterable[Line], name: str) -> Line | None:
     return next((line for line in lines if line["row"] == name), None)
 
 
-def _cell(line: Line | None, needs: str, text: Callable[[Line], str]) -> str:
+def cell(line: Line | None, needs: str, text: Callable[[Line], str]) -> str:
     return "-" if line is None or needs not in line else text(line)
 
 
 def _ratio_cell(runs: dict[str, list[Line]], layer: str, name: str) -> str:
     """Return the time ratios of row ``name`` for one layer, one per dtype."""
     lines = (_row((x for x in of_dtype if x["case"] == layer), name) for of_dtype in runs.values())
-    return " / ".join(_cell(line, "ratio", lambda x: f"{x['ratio']['fwd_bwd']['p50']:.2f}") for line in lines)
+    return " / ".join(cell(line, "ratio", lambda x: f"{x['ratio']['fwd_bwd']['p50']:.2f}") for line in lines)
 
 
 def _limit_cell(runs: dict[str, list[Line]], layer: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import study_tables
 from efft_lab import record
 
 RUN = {"task": "docstrings", "row": "EFFT2", "parameters": 10, "commit": "abc", "machine": "a CPU", "versions": {}}
@@ -18,7 +18,7 @@ def sources(monkeypatch: pytest.MonkeyPatch, folder: Path, *lines: dict[str, obj
     text = "".join(json.dumps({**RUN, "test_accuracy": 0.5, **line}) + "\n" for line in lines)
     (folder / "text.jsonl").write_text(text, encoding="utf-8")
     monkeypatch.setattr(record, "RESULTS", folder)
-    return [line for line in tables.study("text").splitlines() if line.startswith("- ")]
+    return [line for line in study_tables.study("text").splitlines() if line.startswith("- ")]
 
 
 def test_runs_with_equal_tasks_keep_all_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_setting_is_compared_with_the_default_on_common_runs_only(
         "versions": {},
         "date": "2026-01-01",
     }
-    default, other = tables._DEFAULT_EXTRAS, "efft2 r16 x0 c3 movement0.1"
+    default, other = study_tables._DEFAULT_EXTRAS, "efft2 r16 x0 c3 movement0.1"
     runs = [(default, "a", 0.5), (default, "b", 0.6), (other, "a", 0.4), (other, "b", 0.54), (other, "c", 0.0)]
     rows = [
         {**facts, "variant": name, "task": task, "seed": 0, "dev_accuracy": x, "test_accuracy": x, "command": "run"}
@@ -56,12 +56,12 @@ def test_a_setting_is_compared_with_the_default_on_common_runs_only(
     ]
     (tmp_path / "extras.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    assert "| no biases | 10 | 2 | -8.0 ± 2.0 | -8.0 ± 2.0 |" in tables.extras().splitlines()
+    assert "| no biases | 10 | 2 | -8.0 ± 2.0 | -8.0 ± 2.0 |" in study_tables.extras().splitlines()
 
 
 def test_dropout_is_compared_at_equal_lengths_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     facts = {"stage": "explore", "commit": "abc", "machine": "a CPU", "versions": {}, "date": "2026-01-01", "seed": 0}
-    default = tables._DEFAULT_EXTRAS
+    default = study_tables._DEFAULT_EXTRAS
     short = [(default, "a", 62, 0.5), (f"{default} dropout0.1", "a", 62, 0.4), (f"{default} dropout0.3", "a", 62, 0.0)]
     long = [
         (f"{default} e100 b64", "a", 99, 0.5),
@@ -77,6 +77,6 @@ def test_dropout_is_compared_at_equal_lengths_only(monkeypatch: pytest.MonkeyPat
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    written = tables.dropout().splitlines()
+    written = study_tables.dropout().splitlines()
     assert "| 10 | 62 | a | 1 | -10.0 | -10.0 |" in written
     assert "| 100 | 99 | a, b | 2 | +4.0 ± 1.0 | +4.0 ± 1.0 |" in written

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from benchmarks import tables
+from benchmarks import study_tables, tables
 from efft.adapting.adapter import adapted_layers
 from efft_kernels import EfftLinear
 from efft_lab import record
@@ -228,7 +228,7 @@ def test_finished_runs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_table_compares_runs_with_those_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    assert tables.fp8() == tables.NOTHING
+    assert study_tables.fp8() == tables.NOTHING
     facts = {"machine": "Test CPU", "versions": {}, "commit": "abc1234", "command": "x", "date": "2026-01-02"}
     line = {"setting": "e4m3", "task": "count", "logits_error": 0.1, "gradients_error": 0.2, **facts}
     lines = [
@@ -241,7 +241,7 @@ def test_table_compares_runs_with_those_in_bf16(tmp_path: Path, monkeypatch: pyt
     bf16 = [{**suite, "seed": 0, "test_accuracy": 0.51}, {**suite, "seed": 1, "test_accuracy": 0.63}]
     for name, rows in (("fp8", lines), ("compare_twelve", bf16)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
-    assert tables.fp8().splitlines()[2:4] == [
+    assert study_tables.fp8().splitlines()[2:4] == [
         "| none (bf16) | 10.0% | 20.0% | 0 | - | - | - |",
         "| `x`, `W` and `gy` to e4m3, one scale per row | 10.0% | 20.0% | 2 | 57.0 | 55.0 | -2.0 ± 1.0 |",
     ]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import tables
+from benchmarks import study_tables, tables
 from efft_kernels import TTFactors
 from efft_kernels.nn.initialization import MOVEMENT
 from efft_lab import record
@@ -96,7 +96,7 @@ def test_study_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_table_of_means_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    assert tables.starts() == tables.NOTHING
+    assert study_tables.starts() == tables.NOTHING
     facts = {"machine": "Test CPU", "versions": {}, "commit": "abc1234", "command": "x", "date": "2026-01-02"}
     line = {"kind": "side", "source": "random", "rank": 16, "task": "count", **facts}
     lines = [
@@ -106,7 +106,7 @@ def test_table_of_means_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         {**line, "seed": 0, "test_accuracy": 0.7, "kind": "cores", "source": "weights"},
     ]
     (tmp_path / "starts.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    assert tables.starts().splitlines()[2:4] == [
+    assert study_tables.starts().splitlines()[2:4] == [
         "| one side, random cores | random | 55.0 | 75.0 | 65.0 |",
         "| both sides, zero cores | weights | 70.0 | - | - |",
     ]

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from benchmarks import tables
+from benchmarks import study_tables, tables
 from efft_lab import record
 from efft_lab.studies import subspaces
 
@@ -60,12 +60,12 @@ def test_matrices_of_a_model_are_those_of_its_layers() -> None:
 
 def test_table_of_means_over_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    assert tables.subspaces() == tables.NOTHING
+    assert study_tables.subspaces() == tables.NOTHING
     facts = {"machine": "Test CPU", "versions": {}, "commit": "abc1234", "command": "x", "date": "2026-01-02"}
     measured = {"effective_rank": 100.0, "own": 0.5, "shared": 0.25, "independent": 0.125}
     line = {"of": "update", "set": "q", "seed": 0, "rank": 16, **measured, **facts}
     lines = [{**line, "task": "count"}, {**line, "task": "cifar10", "shared": 0.35, "effective_rank": 51.0}]
     (tmp_path / "subspaces.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    shown = tables.subspaces().splitlines()
+    shown = study_tables.subspaces().splitlines()
     assert shown[2] == "| update | q | 76 | 50.0% | 30.0% | 12.5% |"
     assert shown[-1].startswith("- count, cifar10: `x`, commit abc1234")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import tables
+from benchmarks import study_tables, tables
 from efft_lab import record
 from efft_lab.studies import side_by_side, text
 
@@ -98,12 +98,12 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
 
 def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    assert tables.study("text") == tables.NOTHING
+    assert study_tables.study("text") == tables.NOTHING
     common = {"task": "docstrings", "row": "EFFT2", "parameters": 12345}
     words = {"task": "docstrings", "row": "bag of words", "seed": 0, "test_accuracy": 0.61}
     runs = [(0, 0.1), (0, 0.8), (1, 0.9)]  # the second run repeats the first one
     write(tmp_path / "text.jsonl", [*({**common, "seed": s, "test_accuracy": a} for s, a in runs), words])
-    shown = tables.study("text").splitlines()
+    shown = study_tables.study("text").splitlines()
     assert shown[2:4] == ["| EFFT2 | 12,345 | 85.0 ± 7.1 | 2 |", "| bag of words | - | 61.0 | 1 |"]
     assert shown[-1] == "- docstrings: `x`, commit abc1234, Test CPU; torch 2.10; 2026-01-02"
 
