@@ -38,9 +38,9 @@ def emulation(name: str) -> ModuleType:
 
 
 emulator = emulation("build")
-faults = emulation("faults")
+faults, pingpong_faults = emulation("faults"), emulation("pingpong_faults")
 FAULTS, HOPPER_FAULTS, KERNEL, WRITE = faults.FAULTS, faults.HOPPER_FAULTS, faults.KERNEL, faults.WRITE
-SECOND_FAULTS, THIRD_FAULTS = faults.SECOND_FAULTS, faults.THIRD_FAULTS
+SECOND_FAULTS, THIRD_FAULTS, PINGPONG = faults.SECOND_FAULTS, pingpong_faults.THIRD_FAULTS, pingpong_faults.PINGPONG
 
 HOPPER = emulator.runs_hopper()
 on_hopper = pytest.mark.skipif(not HOPPER, reason="nvcc or CUTLASS's headers are missing")
@@ -323,7 +323,7 @@ def few_instances() -> dict[str, str]:
     one_type = "launch_type<cutlass::bfloat16_t, bf16>(op, stream)"
     tiles = "return is_square ? launch_product<Square, Out>(op, stream) : launch_product<Wide, Out>(op, stream)"
     files = emulator.planted(files, KERNEL, PRODUCT_BY_TYPE, one_type)
-    files = emulator.planted(files, faults.PINGPONG, PRODUCT_BY_TYPE, "cudaErrorInvalidValue")
+    files = emulator.planted(files, PINGPONG, PRODUCT_BY_TYPE, "cudaErrorInvalidValue")
     return emulator.planted(files, KERNEL, tiles, "return launch_product<Wide, Out>(op, stream)")
 
 
@@ -334,8 +334,8 @@ def few_instances_of_third() -> dict[str, str]:
     tiles = """return wave_cost<Wide>(op) <= wave_cost<Narrow>(op) ? launch_product<Wide, Out>(op, stream)
                                                       : launch_product<Narrow, Out>(op, stream);"""
     files = emulator.planted(files, KERNEL, PRODUCT_BY_TYPE, "cudaErrorInvalidValue")
-    files = emulator.planted(files, faults.PINGPONG, PRODUCT_BY_TYPE, one_type)
-    return emulator.planted(files, faults.PINGPONG, tiles, "return launch_product<Wide, Out>(op, stream);")
+    files = emulator.planted(files, PINGPONG, PRODUCT_BY_TYPE, one_type)
+    return emulator.planted(files, PINGPONG, tiles, "return launch_product<Wide, Out>(op, stream);")
 
 
 def find_in_some_order(library: Path, family: str, how: str, **environment: str) -> None:
