@@ -62,7 +62,8 @@ class AdapterPool:
     again if the capacity is exceeded (it is then doubled), and if a new adapter has a higher rank, adapts a layer that
     no earlier adapter adapts, or does not share an operand between the same layers as the earlier adapters. To replay a
     CUDA graph with other adapters, use :meth:`fixed_batch`. Threads may use different adapters at the same time, while
-    other threads add and remove adapters.
+    other threads add and remove adapters. If several threads call a compiled model, PyTorch may compile it once more
+    than necessary, which is rare (pytorch/pytorch#195355).
 
     Args:
         model: a model that is not adapted, on its final device and in its final dtype. Compile it after adding the
