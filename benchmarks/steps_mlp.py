@@ -1,4 +1,4 @@
-"""Predict the time of a whole MLP with the kernels of each generation, with the model of benchmarks/steps.py.
+"""Predict the times of a whole MLP and of a whole block, with the model of benchmarks/steps.py.
 
 The MLP of a ViT-B block consists of a layer norm, fc1, a GELU and fc2. The parameters of the norm are frozen. The
 adapted MLP runs in one of three forms:
@@ -12,6 +12,9 @@ model assumes that the other warp group hides the arithmetic of the GELU. Such a
 which its bytes move at the fitted bandwidth. The frozen baseline is the frozen baseline of fc1 and fc2 together with
 torch's norm and GELU. The recorded runs contain no times of torch's norm and GELU. The model therefore takes a launch
 time and the time in which their bytes move at the fitted bandwidth.
+
+The block consists of a layer norm, qkv, o and the MLP. Attention and the residual sums are not counted, because they
+are the same with and without adapters.
 
 ``tests/csrc/test_emulated.py`` compares the launches and the bytes with those of the emulated kernels.
 """
@@ -125,7 +128,7 @@ def _after_pack(parts: list[Part], producer: Part) -> list[Part]:
     return [*parts[:packs], producer, *parts[packs:]]
 
 
-def of_block(form: str, changes: Collection[str] = ()) -> list[tuple[str, Part]]:
+def of_mlp(form: str, changes: Collection[str] = ()) -> list[tuple[str, Part]]:
     """Return the kernels of the MLP of a ViT-B block, each with its direction."""
     width, hidden = steps.LAYERS["fc1"]
     sizes = steps.TOKENS, width, hidden, steps.RANK
@@ -134,14 +137,27 @@ def of_block(form: str, changes: Collection[str] = ()) -> list[tuple[str, Part]]
 
 def predict(by: Constants, run: Run, form: str, changes: Collection[str] = ()) -> float:
     """Return the microseconds of the forward and the backward pass of the MLP of a ViT-B block."""
-    return sum(_time(by, run, direction, part, changes) for direction, part in of_block(form, changes))
+    return sum(_time(by, run, direction, part, changes) for direction, part in of_mlp(form, changes))
 
 
 def baseline(by: Constants, run: Run) -> float:
     """Return the microseconds of the frozen baseline of the MLP."""
-    producers = [part for _, part in of_block("layers") if part.launch.kernel.startswith(("norm", "gelu"))]
+    producers = [part for _, part in of_mlp("layers") if part.launch.kernel.startswith(("norm", "gelu"))]
     products = sum(run.floor[layer, way] for layer in ("fc1", "fc2") for way in steps.PASSES)
     return products + sum(steps.time_of(part.launch, 0, by) for part in producers)
+
+
+def ratio_of_block(by: Constants, run: Run, form: str, changes: Collection[str] = ()) -> float:
+    """Return the time of the block, divided by the time of its frozen baseline."""
+    linear = {key: floor for key, floor in run.floor.items() if key[0] in ("qkv", "o")}
+    ours = sum(steps.predict(by, linear, changes).values()) + _norm(by, form) + predict(by, run, form, changes)
+    return ours / (sum(linear.values()) + _norm(by, "layers") + baseline(by, run))
+
+
+def _norm(by: Constants, form: str) -> float:
+    """Return the microseconds of the forward and the backward kernel of one layer norm."""
+    norms = [part.launch for _, part in of_mlp(form) if part.launch.kernel.startswith("norm")]
+    return sum(steps.time_of(launch, 0, by) for launch in norms)
 
 
 def _time(by: Constants, run: Run, direction: str, part: Part, changes: Collection[str]) -> float:
@@ -158,8 +174,10 @@ def render(last: Mapping[str, tuple[Run, Constants]]) -> str:
     """Return a table of the forms and generations. ``last`` holds a run and the fitted constants of each GPU."""
     rows = []
     for name, form, changes in _ROWS:
-        parts = [part for _, part in of_block(form, changes)]
+        parts = [part for _, part in of_mlp(form, changes)]
         ratios = [predict(by, run, form, changes) / baseline(by, run) for run, by in last.values()]
+        ratios += [ratio_of_block(by, run, form, changes) for run, by in last.values()]
         megabytes = sum(part.launch.bytes for part in parts) / 1e6
         rows.append([name, str(len(parts)), f"{megabytes:.0f}", *(f"{ratio:.2f}" for ratio in ratios)])
-    return table(["kernels", "launches", "MB", *(f"MLP on {gpu}" for gpu in last)], rows)
+    columns = [f"{part} on {gpu}" for part in ("MLP", "block") for gpu in last]
+    return table(["kernels", "launches", "MB", *columns], rows)

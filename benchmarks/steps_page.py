@@ -105,13 +105,15 @@ The second and the third generation consist of kernels with the steps in parenth
 
 {2}
 
-## The MLP as one op (modeled, not measured)
+## The MLP as one op, and the whole block (modeled, not measured)
 
 The MLP of the block consists of a layer norm with frozen parameters, fc1, a GELU and fc2. The columns "MLP" contain the
 time of its forward and backward passes, divided by the time of its frozen baseline. This baseline consists of the
 recorded medians for fc1 and fc2 and of a modeled time for torch's norm and GELU. No run has recorded this modeled time:
-it is a launch time for each kernel, and the time in which the bytes of the kernel move at the fitted bandwidth. "MB"
-counts the bytes of all kernels of the adapted MLP. The kernels of the norm and the GELU are included in all columns.
+it is a launch time for each kernel, and the time in which the bytes of the kernel move at the fitted bandwidth.
+"Launches" and "MB" count the kernels of the adapted MLP and their bytes. The kernels of the norm and the GELU are
+included in all columns. Here, the columns "block" contain the time of a layer norm, qkv, o and the MLP, divided by the
+time of their frozen baseline. Attention and the residual sums are not included.
 
 In the third generation, the products next to the GELU also compute the GELU. The model assumes that the arithmetic of
 the GELU takes no time, because the other warp group multiplies meanwhile. Such a product takes at least the time in

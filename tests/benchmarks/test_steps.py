@@ -142,5 +142,24 @@ def test_each_generation_makes_the_mlp_faster(gpu: str) -> None:
     assert linear < times[-1] < times[0]
 
 
+@pytest.mark.parametrize("gpu", ["H100", "H200"])
+def test_the_block_is_the_mlp_with_qkv_and_o(gpu: str) -> None:
+    """The ratio of the block must lie between those of its halves, and equal the sum of their times by hand."""
+    runs = by_gpu()[gpu]
+    by, run = fit(runs), runs[-1]
+    narrow, statistics = 2 * TOKENS * 768, 8 * TOKENS + 4 * 768
+    for form, bytes_of_norm in (("layers", 5 * narrow), ("mlp", 6 * narrow)):
+        norm, of_torch = (
+            2 * by.launch + (n + 2 * statistics) / by.bandwidth / 1e6 for n in (bytes_of_norm, 5 * narrow)
+        )
+        linear = sum(time for (layer, _), time in predict(by, run.floor, "AB").items() if layer in ("qkv", "o"))
+        floor = sum(time for (layer, _), time in run.floor.items() if layer in ("qkv", "o")) + of_torch
+        mlp_time, mlp_floor = steps_mlp.predict(by, run, form, "AB"), steps_mlp.baseline(by, run)
+        ratio = steps_mlp.ratio_of_block(by, run, form, "AB")
+        assert ratio == pytest.approx((linear + norm + mlp_time) / (floor + mlp_floor), rel=1e-9)
+        assert min((linear + norm) / floor, mlp_time / mlp_floor) < ratio
+        assert ratio < max((linear + norm) / floor, mlp_time / mlp_floor)
+
+
 def test_the_committed_page_is_current() -> None:
     assert (record.RESULTS / "steps.md").read_text() == steps_page.render(), "run: python -m benchmarks steps --write"

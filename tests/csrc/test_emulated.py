@@ -299,7 +299,7 @@ def test_the_launches_of_an_mlp_are_those_of_the_model(
     dry = {"EFFT_EMULATION_DRY": "1", "EFFT_EMULATION_PROCESSORS": "132"}
     found = launched(library, form, steps.TOKENS, steps.RANK, bool(changes), *steps.LAYERS["fc1"], **kernels, **dry)
     for direction in steps.PASSES:
-        modeled = [part.launch for way, part in steps_mlp.of_block(form, changes) if way == direction]
+        modeled = [part.launch for way, part in steps_mlp.of_mlp(form, changes) if way == direction]
         assert [kernel for kernel, _, _ in found[0, direction]] == [launch.kernel for launch in modeled]
     tokens, width, hidden, rank, processors = 1304, 256, 768, 16, 20
     environment = {"EFFT_EMULATION_COUNT": "1", "EFFT_EMULATION_PROCESSORS": str(processors)}
