@@ -19,6 +19,7 @@ from efft.adapting.adapter import named_factors as named_factors
 from efft.adapting.heads import find_head, is_language_model
 from efft.adapting.loading import check_base_known, hooks_for
 from efft.adapting.offload import Aside, device_of, follow, hooks_aside
+from efft.adapting.optimizing import watch_optimizers
 from efft.adapting.placing import place
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import check_unwrapped, unwrap
@@ -117,6 +118,8 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
         model.register_forward_hook(release, always_call=True),
         *hooks_for(model),
     ]
+    if getattr(config, "rates", {}):
+        watch_optimizers(model)
 
 
 def _build_banks(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) -> dict[str, FactorBank]:

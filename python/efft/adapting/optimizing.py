@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from efft.adapting import extras
 from efft.adapting.adapter import Adapter, adapter_of, check_not_aside
@@ -100,17 +103,58 @@ def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     adapted = _adapted(unwrap(model))
     if adapted is None or not adapted.rates:
         return
-    rates = {id(p): adapted.rates.get(kind, 1.0) for kind, ps in _by_kind(model, adapted).items() for p in ps}
     for group in list(optimizer.param_groups):
-        by_rate: dict[float, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            by_rate.setdefault(rates.get(id(parameter), adapted.rates.get("head", 1.0)), []).append(parameter)
+        by_rate = _by_rate(group["params"], model, adapted)
         parts = [{**group, "params": params, "lr": group["lr"] * rate} for rate, params in by_rate.items()]
         for i, part in enumerate(parts):
             if i == 0:
                 group.update(part)
             else:
                 optimizer.add_param_group(part)
+
+
+def watch_optimizers(model: nn.Module) -> None:
+    """Let the first step of an optimizer for ``model`` issue a UserWarning if it ignores the adapter's rates.
+
+    An optimizer ignores them if parameters with different rates are in the same group and the group has no name. The
+    groups of :func:`parameter_groups` have names, and its caller may have chosen other rates. Each model is checked
+    once.
+    """
+    _hook_all_optimizers()
+    _watched.add(model)
+
+
+_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+@functools.cache
+def _hook_all_optimizers() -> None:
+    register_optimizer_step_pre_hook(_check_rates_of)
+
+
+def _check_rates_of(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling() or optimizer in _checked:
+        return
+    _checked.add(optimizer)
+    for model in list(_watched):
+        try:
+            adapted = _adapted(model)
+        except (RuntimeError, ValueError):  # parameter_groups reports these errors
+            continue
+        if adapted is None:
+            continue
+        own = {id(p) for parameters in _by_kind(model, adapted).values() for p in parameters}
+        groups = [(group, [p for p in group["params"] if id(p) in own]) for group in optimizer.param_groups]
+        if any(parameters for _, parameters in groups):
+            _watched.discard(model)
+        if any("name" not in group and len(_by_rate(ps, model, adapted)) > 1 for group, ps in groups):
+            warnings.warn(
+                f"this {type(optimizer).__name__} has one learning rate for parameters of the adapter that should "
+                f"have different rates ({dict(adapted.rates)}, as multiples of lr): create it from "
+                "efft.parameter_groups(model, lr), or set rates={} in the configuration",
+                stacklevel=3,
+            )
 
 
 @torch.no_grad()
@@ -206,6 +250,17 @@ def _adapted_by_peft(model: nn.Module, tuner: Any) -> _Adapted:
     ]
     trained = {id(p): p for p in [*norms, *biases] if p.requires_grad}
     return _Adapted(factors, list(trained.values()), rates[0] if rates else {})
+
+
+def _by_rate(
+    parameters: Iterable[nn.Parameter], model: nn.Module, adapted: _Adapted
+) -> dict[float, list[nn.Parameter]]:
+    """Return the parameters by their rates in the configuration. Those outside the adapter have the head's rate."""
+    rates = {id(p): adapted.rates.get(kind, 1.0) for kind, ps in _by_kind(model, adapted).items() for p in ps}
+    found: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(rates.get(id(parameter), adapted.rates.get("head", 1.0)), []).append(parameter)
+    return found
 
 
 def _by_kind(model: nn.Module, adapted: _Adapted) -> dict[str, list[nn.Parameter]]:

@@ -142,7 +142,8 @@ class EfftConfig(AdapterConfig):
 
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     """Learning rates by kind of parameters, as multiples of the learning rate. :func:`efft.parameter_groups` uses them.
-    The kinds are ``sides`` (U and V), ``cores``, ``diagonals``, ``biases``, ``norms``, ``head`` and ``scales``."""
+    The kinds are ``sides`` (U and V), ``cores``, ``diagonals``, ``biases``, ``norms``, ``head`` and ``scales``. The
+    first step of an optimizer that ignores them issues a UserWarning."""
 
     def __post_init__(self) -> None:
         self.rank = _pairs(self.rank)

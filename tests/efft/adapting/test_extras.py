@@ -301,6 +301,62 @@ def test_groups_of_two_models_in_a_module(trained: Make) -> None:
         efft.parameter_groups(models, 1e-3)
 
 
+def _train(model: nn.Module, images: Tensor, groups: Any = None) -> list[str]:
+    """Train for two steps with an optimizer without ``groups`` by default, and return the warnings about rates."""
+    optimizer = torch.optim.SGD(groups or model.parameters(), lr=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(images).sum().backward()
+            optimizer.step()
+    assert all(w.filename == __file__ for w in caught)
+    return [str(w.message) for w in caught if "learning rate" in str(w.message)]
+
+
+def test_an_optimizer_that_ignores_the_rates(trained: Make, images: Tensor) -> None:
+    """The warning must be issued once per model, at the first step, and only if the optimizer ignores rates."""
+
+    def message(rates: dict[str, float]) -> str:
+        return (
+            "this SGD has one learning rate for parameters of the adapter that should have different rates "
+            f"({rates}, as multiples of lr): create it from efft.parameter_groups(model, lr), or set rates={{}} in the "
+            "configuration"
+        )
+
+    by_hand = trained(rates={"cores": 3, "biases": 2})
+    assert _train(by_hand, images) == [message({"cores": 3, "biases": 2})]
+    assert _train(by_hand, images) == []
+    by_decay = trained(rates={"biases": 2})
+    small = [p for p in by_decay.parameters() if p.dim() < 2]  # contains norms and biases
+    large = [p for p in by_decay.parameters() if p.dim() >= 2]
+    assert _train(by_decay, images, [{"params": large}, {"params": small}]) == [message({"biases": 2})]
+    for rates in ({"head": 3}, {}, {"sides": 2, "cores": 2, "biases": 2, "norms": 2}):
+        assert _train(trained(rates=rates), images) == []
+    choices: tuple[dict[str, Any], ...] = ({}, {"rates": {"cores": 1}})
+    for arguments in choices:
+        model = trained(rates={"cores": 3, "biases": 2})
+        assert _train(model, images, efft.parameter_groups(model, 1e-3, **arguments)) == []
+    other = trained(rates={"cores": 3, "biases": 2})
+    apart = [{"params": [p]} for p in other.parameters()]
+    assert _train(other, images, apart) == []
+    watched = trained(rates={"cores": 3})
+    assert _train(trained(), images) == [], "another model was trained"
+    assert _train(watched, images) == [message({"cores": 3})]
+
+
+def test_an_optimizer_that_ignores_the_rates_under_peft(tiny_vit: Make, images: Tensor) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
+    from efft.integrations.peft import EfftPeftConfig
+
+    def make() -> nn.Module:
+        model: nn.Module = peft.get_peft_model(tiny_vit(), EfftPeftConfig(rank=4, rates={"cores": 3}))
+        return model
+
+    assert len(_train(make(), images)) == 1
+    model = make()
+    assert _train(model, images, efft.parameter_groups(model, 1e-3)) == []
+
+
 def test_steps_that_rounding_undoes(tiny_vit: Make, images: Tensor) -> None:
     """The weights of the norms are one, where the distance between two numbers in bfloat16 is 2**-8 or 2**-7."""
     model = efft.apply(tiny_vit().bfloat16(), efft.EfftConfig(**ALL))

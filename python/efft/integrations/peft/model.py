@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from efft.adapting import buffers
+from efft.adapting.optimizing import watch_optimizers
 from efft.integrations.peft import kinds
 from efft.integrations.peft.config import EfftPeftConfig
 from efft.integrations.peft.layer import EfftLayer, device_of, load, offload
@@ -111,6 +112,8 @@ class EfftModel(BaseTuner):
                 model.register_forward_pre_hook(self._prepare),
                 model.register_forward_hook(self._release, always_call=True),
             ]
+        if config.rates:
+            watch_optimizers(self)
 
     def train(self, mode: bool = True) -> EfftModel:
         """Set the mode, but leave modules in eval mode if an active adapter has ``freeze_statistics``."""
