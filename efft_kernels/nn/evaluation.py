@@ -3,8 +3,9 @@
 A bank is the module that owns the trained factors of many layers. The operands of a layer are the tensors that the bank
 composes from the factors and by which the layer multiplies (in general D and G). In evaluation the factors do not
 change between two forward passes, so composing the operands again would give the same tensors. :class:`Evaluated` holds
-the operands and a copy or a description of everything from which they were computed. Before every reuse, this
-record is compared with the current state of the bank, so nobody needs to report that factors have changed.
+the operands and a record of everything from which they were computed. Before every reuse, this record is compared with
+the current state of the bank. On the CPU, every change of a factor is therefore noticed. On other devices, writes that
+do not increase the version of a tensor are not noticed (:class:`_Source`).
 """
 
 from __future__ import annotations

@@ -157,8 +157,7 @@ def adapt_parameter(
 
     Code that reads ``module.<name>`` then gets the effective weight. ``parameters()``, the state dict, ``.to()`` and
     optimizers still use the stored parameter. The effective weight becomes a dense tensor when its values are used,
-    except in ``F.linear`` and in some
-    batched products (:mod:`efft_kernels.nn.effective`).
+    except in ``F.linear`` and in some batched products (:mod:`efft_kernels.nn.effective`).
 
     Args:
         module: the module that owns the parameter.

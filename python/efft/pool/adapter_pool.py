@@ -47,12 +47,11 @@ class AdapterPool:
     Outside of :meth:`use`, the model computes the outputs of the base model. A layer is replaced when the first adapter
     that changes the layer is added. Names in the state dict do not change.
 
-    For each layer, an adapter has two *operands* D and G, whose product is the update. They are computed from its
-    factors. For each layer the pool stacks the operands of all adapters, in the dtype of the weight: D
-    ``[n, in_features, r]`` and G ``[n, r, out_features]``, where n is 1 + ``capacity`` and the first row is for the
-    base. Layers share a stack if they
-    share the operand in every adapter (as they do with EFFT's D). Lower ranks are padded with zeros to the highest
-    rank. For the linear layers of a head, the pool stores weight and bias.
+    For each layer, an adapter has two *operands* D and G, whose product is the update. The operands are computed from
+    the factors of the adapter. For each layer the pool stacks the operands of all adapters, in the dtype of the weight:
+    D ``[n, in_features, r]`` and G ``[n, r, out_features]``, where n is 1 + ``capacity`` and the first row is for the
+    base. Layers share a stack if they share the operand in every adapter (as they do with EFFT's D). Lower ranks are
+    padded with zeros to the highest rank. For the linear layers of a head, the pool stores weight and bias.
 
     The pool also stores trained biases and norms. All samples of a batch must use the same values of these parameters.
     An adapter with trained biases or norms can therefore be used alone or in a mix, but not for single samples of a
@@ -189,10 +188,10 @@ class AdapterPool:
     def add_mix(self, name: str, weights: Mapping[str, float]) -> None:
         """Add the weighted sum of adapters of this pool as another adapter.
 
-        The update of the sum is the weighted sum of the updates, rounded to the dtype of the weights. Its rank is the
-        sum of the ranks. Trained biases and norms are summed like the head. Its head
-        is the base's head plus the weighted sum of the differences between the heads and the base's head. The mix does
-        not change when its parts are removed. It cannot be saved to a file: keep ``weights`` and the folders of the
+        The update of the mix is the weighted sum of the updates, rounded to the dtype of the weights. The rank of the
+        mix is the sum of the ranks. The head of the mix is the base's head plus the weighted sum of the differences
+        between the heads and the base's head. Trained biases and norms are summed like the head. The mix does not
+        change when its parts are removed. A mix cannot be saved to a file: keep ``weights`` and the folders of the
         adapters, and create the mix again.
 
         Raises:
@@ -226,7 +225,7 @@ class AdapterPool:
 
         Raises:
             ValueError: the pool has no adapter with this name.
-            RuntimeError: the adapter is in use.
+            RuntimeError: the adapter is in use, in a block of :meth:`use` or in a fixed batch.
         """
         with self._lock:
             self._slot(name)
@@ -251,8 +250,9 @@ class AdapterPool:
                 - With ``{name: weight, ...}``, all samples use the weighted sum of these adapters, as defined in
                   :meth:`add_mix`.
                 - With a list of names, each sample has its own adapter, or the base for None. Sample i is entry i of
-                  the first dimension of the batch. The first call of the model with a list runs the base two more
-                  times, to find which dimension of each layer's input indexes the samples.
+                  the first dimension of the batch. The first call of the model with a list of several names runs the
+                  base two more times, to find which dimension of each layer's input indexes the samples. Compiled code
+                  does not do this.
                 - With a :meth:`fixed_batch`, each sample uses the adapter that was selected for it last.
                 - With None, all samples use the base.
 

@@ -128,8 +128,7 @@ _UNKNOWN, _USUAL = -2, -3
 def _layout(shape: torch.Size, changed: Tensor, samples: int) -> Layout:
     """Return the dimension that indexes the samples in an input, given the rows that changed with the first sample.
 
-    The result is None if no dimension fits, and ``_UNKNOWN`` if several dimensions fit and none of
-    them fits exactly.
+    The result is None if no dimension fits, and ``_UNKNOWN`` if several dimensions fit and none of them fits exactly.
     """
     rows, sizes = math.prod(shape[:-1]), shape[:-1]
     places: dict[int, Tensor] = {}

@@ -41,8 +41,7 @@ class FixedBatch:
         """Use these adapters from now on, one name for each sample; None is the base.
 
         On a GPU, the change is made in the order of the current stream. Earlier replays on that stream therefore still
-        use the old adapters. The host does not wait. Selected adapters cannot be removed from the
-        pool.
+        use the old adapters. The host does not wait. Selected adapters cannot be removed from the pool.
 
         Raises:
             ValueError: the number of names differs from the number of samples, or :meth:`efft.AdapterPool.use` refuses

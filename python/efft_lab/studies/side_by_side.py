@@ -1,7 +1,8 @@
 """Compare EFFT2, LoRA of ``peft`` and other methods on any model and task.
 
 The learning rate of each method is chosen on validation images. The studies ``text`` and ``convolutions`` use this
-module. A row is one line of their result files: the result of one method with one seed.
+module; other studies use only :func:`method`. A row is one line of a result file: the result of one method with one
+seed.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python -m benchmarks subspaces --tasks cifar10 orientation count
 
 The study fine-tunes all weights of the backbone that the suite ``local`` of ``efft compare`` uses. It analyzes the
-update of every attention and MLP matrix, and the mean gradient of these matrices at the pretrained weights, with a
-trained linear classifier. The matrices of all blocks are analyzed in
-sets. A set contains one type of matrix (Q, K, V, O, W1 or W2) or one group of types that EFFT2 puts into one tensor
-train: ``mhsa`` (Q, K, V and O) or ``ffn`` (W1 and the transpose of W2). For each set, the study measures:
+update of every attention and MLP matrix. It also analyzes the mean gradient of these matrices, which is computed with
+the pretrained weights and a trained linear classifier. The matrices of all blocks are analyzed in sets. A set contains
+one type of matrix (Q, K, V, O, W1 or W2) or one group of types that EFFT2 puts into one tensor train: ``mhsa`` (Q, K, V
+and O) or ``ffn`` (W1 and the transpose of W2). For each set, the study measures:
 
 - ``effective_rank``: the exponential of the entropy of the normalized squared singular values, averaged over matrices;
 - ``own``: the share of the squared norm that the best rank-r approximation of each single matrix keeps. This is the

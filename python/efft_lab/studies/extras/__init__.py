@@ -8,8 +8,8 @@ The additional parameters, such as biases and norms, are called extras. A settin
 rates and extras. The study uses the tasks and the recipe of the suite ``local_long``. A run trains one setting on one
 task with one seed. There are three stages:
 
-- ``explore`` compares many settings. A run trains on 1000 images of the task's training pool and is evaluated on
-  ``dev``, up to 800 other images of the pool, and on the test images.
+- ``explore`` compares many settings. A run trains on 1000 training or validation images of the suite, which its seed
+  selects. It is evaluated on ``dev``, which consists of up to 800 other such images, and on the test images.
 - ``search`` selects settings on the suite's images. A run trains on the 800 training images of its seed and is
   evaluated on its 200 validation images.
 - ``final`` trains on these 1000 images together and is evaluated on the suite's 1000 test images.

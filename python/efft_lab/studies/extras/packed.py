@@ -1,6 +1,8 @@
 """Pack the backbone and the images of every seed into files, for a machine without a network, and read these files.
 
-A role is a set of images with a purpose, such as ``train/0`` (the training images of seed 0), ``dev`` or ``test``.
+A role is a set of images with a purpose, such as ``train/0`` (the training images of seed 0), ``dev`` or ``test``. The
+images of ``dev``, and those on which runs of the stage ``explore`` train, are disjoint. Both are selected from all
+training and validation images of the seeds of the suite.
 """
 
 from __future__ import annotations
