@@ -58,7 +58,7 @@ class Effective(Tensor):
         kwargs = kwargs or {}
         if func == _REQUIRES_GRAD:  # code that moves weights creates a parameter like the stored one
             return args[0].W.requires_grad
-        if func in _METADATA:
+        if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)
         if func is Tensor.to and torch.device("meta") in map(_as_device, (*args[1:], *kwargs.values())):
             return args[0].W.to(*args[1:], **kwargs)  # a tensor on the meta device has no values to compute
@@ -165,7 +165,7 @@ def _as_device(argument: Any) -> Any:
 
 _BATCHED = {torch.bmm, torch.matmul, Tensor.bmm, Tensor.matmul, Tensor.__matmul__}
 _REQUIRES_GRAD = getattr(Tensor, "requires_grad").__get__  # noqa: B009
-_METADATA = {
+METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
     *(getattr(Tensor, name).__get__ for name in ("is_nested", "is_sparse", "is_quantized", "itemsize")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size, Tensor.stride),
@@ -225,20 +225,29 @@ def effective(owner: AdaptedWeight, W: Tensor) -> Tensor:
     used = binding.used
     D, G = owner.pair()
     binding.used = used  # reading only the dtype or the shape is not a use
-    if (
-        torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx
-    ):
+    if needs_ordinary_tensors():
         binding.used = binding.read = binding.dense = True
         return owner.summed(W, D, G)
     return Effective.of(owner, W, D, G)
 
 
+def needs_ordinary_tensors() -> bool:
+    """Return whether the running code is compiled, traced or transformed, so that a tensor cannot be postponed."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx
+    )
+
+
 def in_pass(binding: Binding) -> bool:
     """Return whether the binding's model is running, or a part of it is running again in the backward pass."""
-    if binding.prepared is not None:
-        return True
+    return binding.prepared is not None or in_backward()
+
+
+def in_backward() -> bool:
+    """Return whether autograd is running a backward pass, in which it may run a part of a model again."""
     return not torch.compiler.is_compiling() and torch._C._current_autograd_node() is not None
 
 

@@ -116,6 +116,7 @@ _NOT_SHARED = {
         "stacks",
         "layouts",
         "learned",
+        "has_own_bias",
     ),
 }
 

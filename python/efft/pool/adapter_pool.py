@@ -33,7 +33,7 @@ from efft.pool.twin import find, set_parameters, twin_of
 from efft.saving.base import base_problems, describe_base
 from efft.saving.io import load_described, read_description
 from efft_kernels import FactorBank
-from efft_kernels.nn.adapt import replace_modules
+from efft_kernels.nn.adapt import read_layers, replace_modules
 from efft_kernels.nn.frozen import share_attributes
 from efft_kernels.nn.linear import AdaptedLayer
 from efft_kernels.nn.pooled import PooledDelta, PooledLinear, PooledWeights, Selection
@@ -334,7 +334,8 @@ class AdapterPool:
                 read_own(module)
             for name, layer in self._layers.items():
                 original = self._originals[name]
-                original.weight, original.bias = layer.weight, layer.bias
+                for part in ("weight", "bias"):
+                    original.register_parameter(part, layer._parameters[part])
                 share_attributes(layer, original)
             replace_modules(self.model, {layer: self._originals[name] for name, layer in self._layers.items()})
             self._layers, self._stacks, self._extras, self._readers = {}, {}, {}, {}
@@ -453,6 +454,8 @@ class AdapterPool:
             if self._layouts is not None and not pooled.learned:
                 pooled.layouts, pooled.learned = self._layouts.get(layer, {}), True
         replace_modules(self.model, {originals[n]: pooled for n, pooled in layers.items() if n not in self._layers})
+        for _, pooled, _ in read_layers(self.model, PooledLinear):  # type: ignore[type-abstract]
+            pooled.read = True
         self._originals, self._layers, self._stacks, self._rows = originals, layers, stacks, rows
         self._write_extras(trained, slot)
         self._slots[name] = slot

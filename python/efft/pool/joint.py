@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efft_kernels import tt_linear_grouped
-from efft_kernels.nn.frozen import is_plain
+from efft_kernels.nn.effective import in_backward
+from efft_kernels.nn.frozen import dequantized, is_plain, stored_in
 from efft_kernels.nn.linear import AdaptedLayer, frozen_linear, multiplies_plainly
 from efft_kernels.nn.pooled import Layout, PooledDelta, Selection, place_of
 
@@ -55,30 +56,32 @@ class JointDelta(PooledDelta):
     """
 
     def __init__(self, linear: nn.Linear, running: Running, layers: Mapping[str, AdaptedLayer]) -> None:
-        super().__init__(linear, ContextVar[Selection | None]("selected", default=None))
+        super().__init__(linear, ContextVar[Selection | None]("unused", default=None))
         self.running = running
         # A plain dictionary does not register the layers as submodules.
         self.layers = dict(layers)
         biases = [layer._parameters.get("bias") for layer in layers.values()]
-        self.own_bias = any(bias is not None and bias.requires_grad for bias in biases)
-        if self.own_bias and not is_plain(linear.weight):
+        self.has_own_bias = any(bias is not None and bias.requires_grad for bias in biases)
+        if self.has_own_bias and not is_plain(linear.weight):
             raise ValueError(f"expected a plain weight next to a trained bias, got a {type(linear.weight).__name__}")
         self.probing = False  # True while a pass of the base model detects the order of the samples
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
+        if not self.probing:
+            self.selection()  # raises outside of a pass
+        return super().forward(x)
+
+    def uses_base(self) -> bool:
+        return self.running.get() is None and (self.probing or not in_backward())
+
+    def selection(self) -> Selection:
         parts = self.running.get()
         if parts is None:
-            if not self.probing:
-                raise RuntimeError(
-                    "a layer of an efft.SharedBackbone ran outside of its forward pass. Activation checkpointing does "
-                    "this in the backward pass: switch it off, or train the models one by one"
-                )
-            return frozen_linear(self, x)
-        token = self.selected.set(Selection(parts.numbers, None))
-        try:
-            return super().forward(x)
-        finally:
-            self.selected.reset(token)
+            raise RuntimeError(
+                "a layer of an efft.SharedBackbone ran outside of its forward pass. Activation checkpointing does "
+                "this in the backward pass: switch it off, or train the models one by one"
+            )
+        return Selection(parts.numbers, None)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return D ``[models, in_features, r]`` and G ``[models, r, out_features]`` of the running pass."""
@@ -88,19 +91,23 @@ class JointDelta(PooledDelta):
         D = torch.stack([F.pad(D, (0, rank - D.shape[1])) for D, _ in pairs])
         return D, torch.stack([F.pad(G, (0, 0, 0, rank - G.shape[0])) for _, G in pairs])
 
-    def one_each(self, x: Tensor, slots: Tensor) -> Tensor:
+    def one_each(self, x: Tensor, slots: Tensor, b: Tensor | None = None, *, own_bias: bool = True) -> Tensor:
         parts = self.running.get()
         assert parts is not None
         samples, rows = x.shape[:2]
         if parts.each is not None:  # if each model has equally many samples, treat them as one long sample
             x, slots = x.reshape(len(parts.names), -1, x.shape[-1]), parts.each
         D, G = self.factors()
-        if multiplies_plainly(self, self.weight):
-            b = torch.stack([layer.bias for layer in self._active()]) if self.own_bias else self.bias
-            y = tt_linear_grouped(x, self.weight, b, D, G, slots)
+        W = stored_in(self, "weight")
+        if multiplies_plainly(self, W):
+            if own_bias:
+                own = self.has_own_bias
+                b = torch.stack([layer.bias for layer in self._active()]) if own else self._stored_bias()
+            y = tt_linear_grouped(x, W, b, D, G, slots)
         else:
             h = torch.bmm(x, D[slots].to(x.dtype))
-            y = frozen_linear(self, x) + torch.bmm(h, G[slots].to(x.dtype))
+            y = frozen_linear(self, x) if own_bias else F.linear(x, dequantized(W), b)
+            y = y + torch.bmm(h, G[slots].to(x.dtype))
         return y.reshape(samples, rows, -1)
 
     def _active(self) -> list[Any]:

@@ -22,7 +22,7 @@ from efft.pool.batches import find_layouts
 from efft.pool.joint import Each, JointDelta, Parts, Running
 from efft.pool.selecting import to_device
 from efft.pool.twin import twin_of
-from efft_kernels.nn.adapt import replace_modules
+from efft_kernels.nn.adapt import read_layers, replace_modules
 from efft_kernels.nn.frozen import dequantized
 
 
@@ -211,6 +211,8 @@ class SharedBackbone(nn.Module):
                 self._running, {name: model.get_submodule(module) for name, model in models.items()}
             )
         replace_modules(backbone, new)
+        for _, joint, _ in read_layers(backbone, JointDelta):
+            joint.read = True
         backbone.requires_grad_(False)  # the models own what is trained
         pairs = {name: module for name, module in backbone.named_modules() if name}
         self.__dict__["_pairs"] = [(m, first.get_submodule(n)) for n, m in pairs.items() if not isinstance(m, Each)]

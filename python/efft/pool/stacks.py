@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efft_kernels.nn.frozen import stored_in
 from efft_kernels.nn.pooled import PooledLinear, PooledWeights
 
 Place = tuple[str, int]
@@ -42,7 +43,7 @@ def write_row(
             stack = old
         else:
             name, part = places[0]
-            weight, known = layers[name].weight, tensor if old is None else old
+            weight, known = stored_in(layers[name], "weight"), tensor if old is None else old
             assert known is not None
             # The dtype of a packed weight does not determine the dtype of the operands.
             dtype = weight.dtype if weight.is_floating_point() else known.dtype
@@ -50,7 +51,7 @@ def write_row(
             if old is not None:
                 _corner(stack, old.shape).copy_(old)
             elif isinstance(layers[name], PooledWeights):
-                stack.copy_((layers[name].weight, layers[name].bias)[part])
+                stack.copy_(stored_in(layers[name], ("weight", "bias")[part]))
         stack[slot] = stack[0]
         if tensor is not None:
             _corner(stack[slot], tensor.shape).copy_(tensor)
