@@ -34,6 +34,7 @@ class _Chain(NamedTuple):
         names: the names of the submodules.
         first, gelu, second: the indices in ``names`` of the first layer, the GELU and the second layer.
         is_all: whether the module calls all its submodules, as an ``nn.Sequential`` does.
+        method: the forward method of the module's class.
     """
 
     names: tuple[str, ...]
@@ -41,6 +42,7 @@ class _Chain(NamedTuple):
     gelu: int
     second: int
     is_all: bool
+    method: Any
 
 
 def fuse_mlp(module: nn.Module) -> bool:
@@ -53,7 +55,8 @@ def fuse_mlp(module: nn.Module) -> bool:
 
     The module calls its submodules as usual in compiled, exported and traced code, in the transforms of ``torch.func``,
     while one of the submodules of the MLP has hooks, is disabled or merged, drops elements, was replaced, or has a
-    forward method that was set on the instance, and while a base weight is trained or quantized.
+    forward method that was set on the instance, and while a base weight is trained or quantized. This is also the case
+    if the class of the module has another forward method than when it was fused.
 
     Returns:
         Whether the module was fused. Otherwise nothing is changed. This is the case if the module is fused already,
@@ -144,7 +147,8 @@ def _chain_of(module: Any) -> _Chain | None:
         gelus = [i for i in range(first + 1, second) if _is_gelu(kinds[i])]
         others = [kinds[i] for i in range(first + 1, second) if i not in gelus]
         if len(gelus) == 1 and all(isinstance(other, (nn.Identity, nn.Dropout)) for other in others):
-            return _Chain(tuple(names), first, gelus[0], second, type(module).forward is nn.Sequential.forward)
+            method = type(module).forward
+            return _Chain(tuple(names), first, gelus[0], second, method is nn.Sequential.forward, method)
     return None
 
 
@@ -156,7 +160,7 @@ def _is_gelu(module: nn.Module | None) -> bool:
 def _forward(module: Any, chain: _Chain, *args: Any, **kwargs: Any) -> Any:
     """Call the submodules of the chain in turn, and replace those of the MLP by one op if the op computes the same."""
     modules = module._modules
-    if len(args) != 1 or kwargs or not _can_run(modules, chain):
+    if len(args) != 1 or kwargs or type(module).forward is not chain.method or not _can_run(modules, chain):
         return type(module).forward(module, *args, **kwargs)
     (x,) = args
     i = 0

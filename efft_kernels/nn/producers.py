@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -30,44 +31,55 @@ class ProducerOutput(Tensor):
         module: the producer.
         x: the input of the producer.
         approximate: which GELU the producer computes, "none" or "tanh"; None if it is a LayerNorm.
-        version: the version counter of ``x`` when the producer was called.
-        computed: computed values that another operation may change or has changed in place, each with its version
-            counter before the change. The counter is None for an inference tensor, which has none.
+        parameters: the parameters of the producer when it was called.
+        versions: the version counters of ``x`` and of ``parameters`` when the producer was called.
+        with_graph: whether autograd recorded the call of the producer.
+        computed: computed values that another operation refers to, each with its :func:`_state` before this operation.
+            The state is None if changes of the values cannot be detected.
     """
 
     module: nn.Module
     x: Tensor
     approximate: str | None
-    version: int
-    computed: list[tuple[Tensor, int | None]]
+    parameters: list[Tensor]
+    versions: list[int | None]
+    with_graph: bool
+    computed: list[tuple[Tensor, _State | None]]
 
     @staticmethod
     def of(module: nn.Module, x: Tensor, approximate: str | None) -> ProducerOutput:
         """Return ``module(x)`` without computing it."""
-        output: ProducerOutput = _Postpone.apply(x, module, *_parameters_of(module))
-        output.module, output.x, output.approximate = module, x, approximate
-        output.version, output.computed = x._version, []
+        parameters = _parameters_of(module)
+        output: ProducerOutput = _Postpone.apply(x, module, *parameters)
+        output.module, output.x, output.approximate, output.parameters = module, x, approximate, parameters
+        output.versions = [_version_of(tensor) for tensor in (x, *parameters)]
+        output.with_graph, output.computed = torch.is_grad_enabled(), []
         return output
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)
+            changed = args[0].changed() if args[0].computed else None
+            return super().__torch_function__(func, types, args, kwargs) if changed is None else func(changed)
         if func is torch.nn.functional.dropout and _drops_nothing(*args, **kwargs):
             return args[0]
-        found: list[tuple[ProducerOutput, Tensor, int | None]] = []
+        if func is torch.autograd.grad:
+            _check_differentiable(*args, **kwargs)
+        found: list[tuple[ProducerOutput, Tensor, _State | None]] = []
 
         def value(output: ProducerOutput) -> Tensor:
             value = output.value()
-            found.append((output, value, _version_of(value)))
+            found.append((output, value, _state(value)))
             return value
 
         args, kwargs = torch.utils._pytree.tree_map_only(ProducerOutput, value, (args, kwargs))
         result = func(*args, **kwargs)
-        for output, values, version in found:
-            if _has_changed(values, version) or _may_change(values, result):
-                output.computed.append((values, version))
+        for output, values, state in found:
+            if func == _DATA or _is_exposed(result):
+                output.computed.append((values, None))
+            elif _has_changed(values, state) or _may_change(values, result):
+                output.computed.append((values, state))
         return result
 
     @classmethod
@@ -80,11 +92,20 @@ class ProducerOutput(Tensor):
     def value(self) -> Tensor:
         """Compute the ordinary tensor with the module's own forward method. Include changes made in place."""
         changed = self.changed()
-        return _compute(self.module, self._input()) if changed is None else changed
+        if changed is not None:
+            return changed
+        with torch.set_grad_enabled(self.with_graph):
+            return _compute(self._producer(), self.x)
 
     def changed(self) -> Tensor | None:
-        """Return the values if another operation has changed them in place, else None."""
-        changed = {id(value): value for value, version in self.computed if _has_changed(value, version)}
+        """Return the computed values if adapted layers must read them instead of computing the output, else None.
+
+        This is the case if another operation has changed the values in place or has changed how autograd treats them,
+        or if autograd did not record the call of the producer but records the current operation.
+        """
+        if not self.with_graph and not self.computed and torch.is_grad_enabled():
+            self.computed.append((_Values.apply(self), None))
+        changed = {id(value): value for value, state in self.computed if _has_changed(value, state)}
         if len(changed) > 1:
             raise RuntimeError(
                 f"the output of a fused {type(self.module).__name__} was changed in place through several views; "
@@ -101,23 +122,30 @@ class ProducerOutput(Tensor):
         if changed is not None:
             return tt_linear(changed, W, b, D, G)
         if self.approximate is not None:
-            return tt_gelu_linear(self._input(), W, b, D, G, approximate=self.approximate)
+            self._check_unchanged()
+            return tt_gelu_linear(self.x, W, b, D, G, approximate=self.approximate)
         x, norm = self.norm_arguments()
         return tt_norm_linear(x, W=W, b=b, D=D, G=G, **norm)
 
     def norm_arguments(self) -> tuple[Tensor, dict[str, Any]]:
         """Return the input of the LayerNorm, and its parameters as keyword arguments of an op."""
-        norm = self.module
+        norm = self._producer()
         assert isinstance(norm, nn.LayerNorm)
-        return self._input(), {"gamma": norm.weight, "beta": norm.bias, "eps": norm.eps}
+        return self.x, {"gamma": norm.weight, "beta": norm.bias, "eps": norm.eps}
 
-    def _input(self) -> Tensor:
-        if self.x._version != self.version:
-            raise RuntimeError(
-                f"the input of a {type(self.module).__name__} was changed in place before its output was used; change "
-                "a copy, or undo the fusion with efft.unfuse(model)"
-            )
-        return self.x
+    def _producer(self) -> nn.Module:
+        """Return the producer with the parameters that it had when it was called."""
+        self._check_unchanged()
+        return _with_parameters(self.module, self.parameters)
+
+    def _check_unchanged(self) -> None:
+        """Check that the input and the parameters of the producer have not been changed in place since its call."""
+        for i, (tensor, version) in enumerate(zip((self.x, *self.parameters), self.versions, strict=True)):
+            if version is not None and tensor._version != version:
+                raise RuntimeError(
+                    f"{'a parameter' if i else 'the input'} of a {type(self.module).__name__} was changed in place "
+                    "before its output was used; change a copy, or undo the fusion with efft.unfuse(model)"
+                )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ProducerOutput({type(self.module).__name__}, shape={list(self.shape)})"
@@ -131,21 +159,48 @@ class _Postpone(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.Module, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, *parameters)
         ctx.module = module
         return Tensor._make_wrapper_subclass(ProducerOutput, x.shape, dtype=x.dtype, device=x.device)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, *parameters = ctx.saved_tensors
+        module = _with_parameters(ctx.module, parameters)
         differentiated = torch.is_grad_enabled()
         with torch.enable_grad():
             x = x.view_as(x) if differentiated and x.requires_grad else x.detach().requires_grad_()
-            parameters = _parameters_of(ctx.module)
             leaves = [x, *(parameter for parameter in parameters if parameter.requires_grad)]
-            grads = iter(torch.autograd.grad(_compute(ctx.module, x), leaves, gy, create_graph=differentiated))
+            grads = iter(torch.autograd.grad(_compute(module, x), leaves, gy, create_graph=differentiated))
         dx = next(grads)
         return dx, None, *(next(grads) if parameter.requires_grad else None for parameter in parameters)
+
+
+class _Values(torch.autograd.Function):
+    """Return the values of a :class:`ProducerOutput`, with the gradient that its node in the autograd graph has.
+
+    The node belongs to a custom autograd.Function if this function called the producer, as reentrant checkpointing
+    does. If autograd did not record the call of the producer, there is no node.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: ProducerOutput) -> Tensor:
+        return output.value()
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Tensor:
+        return gy
+
+
+def _check_differentiable(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> None:
+    """Check that the values are known of which ``torch.autograd.grad`` is to compute the gradient."""
+    for x in torch.utils._pytree.tree_leaves(inputs):
+        if isinstance(x, ProducerOutput) and x.changed() is None:
+            raise RuntimeError(
+                f"the gradient of the output of a fused {type(x.module).__name__} is not known, because adapted layers "
+                "compute this output themselves; call its retain_grad() before they read it, or undo the fusion with "
+                "efft.unfuse(model)"
+            )
 
 
 def _parameters_of(module: nn.Module) -> list[Tensor]:
@@ -153,6 +208,24 @@ def _parameters_of(module: nn.Module) -> list[Tensor]:
     if module._modules:
         return list(module.parameters())
     return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def _with_parameters(module: nn.Module, parameters: list[Tensor]) -> nn.Module:
+    """Return ``module`` if it has these parameters, else a copy that has them.
+
+    ``torch.func.functional_call`` replaces the parameters of a module during the call.
+    """
+    if all(map(operator.is_, _parameters_of(module), parameters)):
+        return module
+    if module._modules:
+        raise RuntimeError(
+            f"the parameters of a {type(module).__name__} were replaced before its output was used; undo the fusion "
+            "with efft.unfuse(model)"
+        )
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    probe = copy.copy(module)
+    probe.__dict__["_parameters"] = {**module._parameters, **dict(zip(names, parameters, strict=True))}
+    return probe
 
 
 def _compute(module: Any, x: Tensor) -> Tensor:
@@ -170,13 +243,35 @@ def _version_of(value: Tensor) -> int | None:
     return None if value.is_inference() else value._version
 
 
-def _has_changed(value: Tensor, version: int | None) -> bool:
-    """Return whether ``value`` may have been changed in place since its version counter was ``version``.
+_State = tuple[Any, ...]
 
-    Changes of inference tensors cannot be detected, so the function returns True for them. Their values are then
-    computed only once, which is correct because they need no gradient.
+
+def _state(value: Tensor) -> _State | None:
+    """Return what changes if an operation changes ``value`` in place, or changes how autograd treats it.
+
+    The result is None for inference tensors, whose changes cannot be detected.
     """
-    return version is None or value._version != version
+    if value.is_inference():
+        return None
+    storage = value.untyped_storage().data_ptr()
+    return value._version, storage, value.requires_grad, value.grad_fn, value._backward_hooks, value.retains_grad
+
+
+def _has_changed(value: Tensor, state: _State | None) -> bool:
+    """Return whether ``value`` may have been changed since it had this state.
+
+    If changes cannot be detected, the function returns True. The values are then computed only once.
+    """
+    return state is None or _state(value) != state
+
+
+def _is_exposed(result: Any) -> bool:
+    """Return whether ``result`` contains an object that may change values in an undetectable way, such as an array."""
+    return not all(isinstance(leaf, _PLAIN) for leaf in torch.utils._pytree.tree_leaves(result))
+
+
+_DATA = getattr(Tensor, "data").__get__  # noqa: B009
+_PLAIN = (Tensor, bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
 
 
 def _may_change(value: Tensor, result: Any) -> bool:
@@ -212,7 +307,9 @@ def fuse_producer(module: nn.Module) -> bool:
         approximate = _gelu_of(module)
         if approximate is None:
             return False
-    module.__dict__["forward"] = functools.partial(_forward, module, approximate=approximate)
+    module.__dict__["forward"] = functools.partial(
+        _forward, module, approximate=approximate, method=type(module).forward
+    )
     return True
 
 
@@ -292,7 +389,7 @@ def is_transformed() -> bool:
 def approximation(module: nn.Module) -> str | None:
     """Return which GELU a fused module computes, "none" or "tanh"; None for a LayerNorm and for other modules."""
     forward = replaced_forward(module, _forward)
-    if forward is None:
+    if forward is None or forward.keywords["method"] is not type(module).forward:
         return None
     if isinstance(module, nn.GELU):
         return module.approximate  # may have changed since the module was fused
@@ -300,8 +397,16 @@ def approximation(module: nn.Module) -> str | None:
     return found
 
 
-def _forward(module: Any, x: Tensor, *, approximate: str | None = None) -> Tensor:
-    if is_transformed() or type(x) is not Tensor or x.is_inference() or any(getattr(module, hooks) for hooks in _HOOKS):
+def _forward(module: Any, *args: Any, approximate: str | None, method: Any, **kwargs: Any) -> Any:
+    """Postpone the computation of ``module`` if nothing else needs its output.
+
+    ``method`` is the forward method that :func:`fuse_producer` has examined. If the class of the module has another one
+    now, the module may compute something else.
+    """
+    if len(args) != 1 or kwargs or type(module).forward is not method or is_transformed():
+        return type(module).forward(module, *args, **kwargs)
+    (x,) = args
+    if type(x) is not Tensor or x.is_inference() or any(getattr(module, hooks) for hooks in _HOOKS):
         return _compute(module, x)
     if isinstance(module, nn.GELU):
         approximate = module.approximate  # may have changed since the module was fused

@@ -334,7 +334,26 @@ def set_a_forward(model: nn.Module) -> None:
     layer.forward = lambda x: 2 * EfftLinear.forward(layer, x)
 
 
+class Doubled(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.fc2(self.act(self.fc1(x)))
+
+
+class Softened(nn.GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+def change_the_class(model: nn.Module) -> None:
+    model[1].__class__ = Doubled
+
+
+def change_the_class_of_the_gelu(model: nn.Module) -> None:
+    model[1].act.__class__ = Softened
+
+
 CHANGES = (
+    *(change_the_class, change_the_class_of_the_gelu),
     *(disable, merge, train_a_base_weight),
     *(replace_a_layer, replace_the_gelu, replace_an_identity, set_a_forward),
 )

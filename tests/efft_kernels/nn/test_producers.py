@@ -222,6 +222,160 @@ def test_an_output_changed_in_place(module: nn.Module, layer: EfftLinear, change
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_output_changed_without_a_graph(module: nn.Module, layer: EfftLinear) -> None:
+    """A change under ``torch.no_grad`` must not cut the output off from the autograd graph of the input."""
+    x = inputs()
+    grads = []
+    for compute in (module, lambda x: plain(module, x)):
+        a = compute(x)
+        with torch.no_grad():
+            a[:, 0] = 1.0
+        grads.append(torch.autograd.grad(layer(a).square().sum(), x)[0])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def set_data(a: Tensor) -> None:
+    a.data = torch.ones_like(a)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda a: a.data.mul_(2), set_data, lambda a: a.numpy().fill(3), lambda a: torch.from_dlpack(a).mul_(2)],
+    ids=["data", "set data", "numpy", "dlpack"],
+)
+def test_a_change_that_increases_no_version_counter(module: nn.Module, layer: EfftLinear, change: Any) -> None:
+    with torch.no_grad():
+        x = inputs()
+        results = []
+        for compute in (module, lambda x: plain(module, x)):
+            a = compute(x)
+            change(a)
+            results.append(layer(a))
+    torch.testing.assert_close(*results)
+
+
+def hook(a: Tensor) -> Tensor:
+    a.register_hook(lambda gy: 3 * gy)
+    return a
+
+
+def detach(a: Tensor) -> Tensor:
+    return a.detach_()
+
+
+def require(a: Tensor) -> Tensor:
+    a = a.detach_()
+    a.requires_grad = True
+    assert a.requires_grad
+    return a
+
+
+def retain(a: Tensor) -> Tensor:
+    a.retain_grad()
+    return a
+
+
+@pytest.mark.parametrize("change", [hook, detach, require, retain])
+def test_an_output_that_autograd_treats_in_another_way(module: nn.Module, layer: EfftLinear, change: Any) -> None:
+    """Adapted layers must not pass the gradient directly to the input of the producer."""
+    x = inputs()
+    results = []
+    for compute in (module, lambda x: plain(module, x)):
+        x.grad = None
+        a = change(compute(x))
+        layer(a).square().sum().backward()
+        results.append([x.grad, a.grad if change in (require, retain) else None])
+    for got, expected in zip(*results, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_of_the_output(module: nn.Module, layer: EfftLinear) -> None:
+    x = inputs()
+    a = module(x)
+    y = layer(a).square().sum()
+    with pytest.raises(RuntimeError, match=r"gradient of the output of a fused .* is not known"):
+        torch.autograd.grad(y, a, allow_unused=True)
+    kept, usual = retain(module(x)), plain(module, x)
+    grads = [torch.autograd.grad(layer(a).square().sum(), a)[0] for a in (kept, usual)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use", ["layer", "value"])
+def test_an_output_that_autograd_did_not_record(layer: EfftLinear, use: str) -> None:
+    """No gradient may reach the input and the parameters of a norm that was called under ``torch.no_grad``."""
+    norm, x = nn.LayerNorm(24), inputs()
+    assert fuse_producer(norm)
+    with torch.no_grad():
+        a = norm(x)
+    y = layer(a if use == "layer" else a * 1)
+    torch.testing.assert_close(y, layer(plain(norm, x)))
+    grads = torch.autograd.grad(y.square().sum(), [x, *norm.parameters(), layer.factors.U], allow_unused=True)
+    assert [grad is None for grad in grads] == [True, True, True, False]
+
+
+def test_a_norm_under_reentrant_checkpointing(layer: EfftLinear) -> None:
+    """Autograd does not record the first call of the norm, but gradients pass through the checkpoint."""
+    norm, x = nn.LayerNorm(24), inputs()
+    assert fuse_producer(norm)
+    results = []
+    for compute in (norm, lambda x: plain(norm, x)):
+        norm.zero_grad()
+        x.grad = None
+        layer(checkpoint(compute, x, use_reentrant=True)).square().sum().backward()
+        results.append([x.grad, norm.weight.grad, norm.bias.grad])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use", ["layer", "value", "function"])
+def test_parameters_that_are_replaced_during_the_call(layer: EfftLinear, use: str) -> None:
+    """The output is computed with the parameters of the call, after ``functional_call`` has restored the others."""
+    norm, x = nn.LayerNorm(24), inputs()
+    assert fuse_producer(norm)
+    weight = torch.randn(24, requires_grad=True)
+    a = torch.func.functional_call(norm, {"weight": weight}, (x,))
+    assert isinstance(a, ProducerOutput)
+    results = []
+    for output in (a, F.layer_norm(x, (24,), weight, norm.bias, norm.eps)):
+        y = layer(output if use == "layer" else output * 1 if use == "value" else Square.apply(output))
+        leaves = [x, weight, norm.weight, norm.bias]
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves, materialize_grads=True)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_a_parameter_changed_before_the_use(layer: EfftLinear) -> None:
+    norm = nn.LayerNorm(24)
+    assert fuse_producer(norm)
+    a = norm(inputs())
+    with torch.no_grad():
+        norm.weight += 1
+    for use in (layer, torch.sin):
+        with pytest.raises(RuntimeError, match="a parameter of a LayerNorm was changed in place before its output"):
+            use(a)
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Cube(nn.GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x**3
+
+
+def test_a_class_that_changes_later(module: nn.Module, layer: EfftLinear) -> None:
+    x = inputs()
+    module.__class__ = Doubled if isinstance(module, nn.LayerNorm) else Cube
+    assert torch.equal(layer(module(x)), layer(plain(module, x)))
+
+
+def test_an_input_passed_by_its_name(module: nn.Module, layer: EfftLinear) -> None:
+    x = inputs()
+    assert torch.equal(layer(module(input=x)), layer(plain(module, x)))
+
+
 def test_an_output_in_inference_mode(module: nn.Module, layer: EfftLinear) -> None:
     """The input is an ordinary tensor, but values that are computed from it are inference tensors."""
     x = inputs().detach()
