@@ -12,11 +12,10 @@ gives all weight matrices of the module an update of the same rank:
 The row ``floor`` is the frozen module without an update. Ratios divide the time of a row by the time of this baseline.
 
 A row is timed only if its errors against fp64 are at most twice those of dense weights in the same precision, or twice
-the error of rounding the exact result if that is larger. The check
-covers the output y and all gradients. For ``lora:peft`` it covers only y and dx, the gradient with respect to the
-input. In the table, "both" is the time of a forward and backward pass, and "fwd" is the time of a forward pass. The
-columns with "floor" contain ratios. "saved" is the memory that a forward pass saves for the backward pass, and
-"trained" is the number of trained parameters.
+the error of rounding the exact result if that is larger. The check covers the output y and all gradients. For
+``lora:peft`` it covers only y and dx, the gradient with respect to the input. In the table, "both" is the time of a
+forward and backward pass, and "fwd" is the time of a forward pass. The columns with "floor" contain ratios. "saved" is
+the memory that a forward pass saves for the backward pass, and "trained" is the number of trained parameters.
 """
 
 from __future__ import annotations

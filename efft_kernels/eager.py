@@ -1,11 +1,11 @@
 """Implement the forward and backward passes of each op with the matrix products of the vendor's library.
 
 These functions run on any device and need no compiler. The *vendor's library* is the one that torch calls, such as
-cuBLAS or oneDNN. W and b are the frozen weight and the bias of a linear layer,
-and the update of the layer is D G, the product of two factors. ``tt_linear`` computes h = x D in the forward pass and
-dh = gy Gᵀ in the backward pass, where gy is the gradient of the output. The products h G and dh Dᵀ are added in place
-to the products with W. Therefore neither pass has a temporary tensor of the size of W. Factors are cast to the dtype of
-the activations, and never the other way round. Other backends use some of these functions for parts of their ops.
+cuBLAS or oneDNN. W and b are the frozen weight and the bias of a linear layer, and the update of the layer is D G, the
+product of two factors. ``tt_linear`` computes h = x D in the forward pass and dh = gy Gᵀ in the backward pass, where gy
+is the gradient of the output. The products h G and dh Dᵀ are added in place to the products with W. Therefore neither
+pass has a temporary tensor of the size of W. Factors are cast to the dtype of the activations, and never the other way
+round. Other backends use some of these functions for parts of their ops.
 
 In the names of gradients, d stands for "gradient of". The arguments ``need_...`` of a backward function state which
 gradients are needed. All other gradients are returned with 0 elements.

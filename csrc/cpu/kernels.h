@@ -114,8 +114,8 @@ struct Gather {
 struct Kernels {
   const char* isa;
   bool pairs;  // whether products of bf16 need panels of interleaved bf16
-  // forward and backward process tokens begin .. end - 1. backward overwrites the shares. Therefore every thread must
-  // pass its own shares.
+  // forward and backward process tokens begin .. end - 1. backward overwrites the shares, so every thread must pass its
+  // own shares.
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end, const Shares&);
   // Writes rows begin .. end - 1 (begin is even) of a float matrix [rows, columns] to `to`

@@ -1,8 +1,8 @@
 // Contracts the cores C[l, c] [r1, r2] of all layers l with their common factor V [r2, d_out] in one launch, and
 // computes the gradients dC and dV in another launch. The result for a layer consists of one block of columns per core,
 // G[l] = [G[l, 0] | G[l, 1] | ...]. The dropout masks keep_C[l, c] [r1, r2] and keep_V[l] [r2, d_out] are 1 for
-// elements that are kept and 0 for elements that are dropped. An absent mask keeps all elements. The kernels
-// compute the following, where * multiplies matrices element by element:
+// elements that are kept and 0 for elements that are dropped. An absent mask keeps all elements. The kernels compute
+// the following, where * multiplies matrices element by element:
 //
 //   G[l, c]  = scale (keep_C[l, c] * C[l, c]) (keep_V[l] * V)
 //   dC[l, c] = scale keep_C[l, c] * (dG[l, c] (keep_V[l] * V)^T)

@@ -3,8 +3,8 @@
 // In lowrank_gemm_sm90.cu, the warp groups of a block compute each tile together, and the tensor cores are idle while
 // the groups write the tile. Here each of two warp groups computes tiles of its own, one after the other group's. While
 // one group finishes a tile, the other group multiplies:
-// - Group 0 computes the first, third, ... tile of the block, and group 1 the others. One thread copies the operands of
-//   all tiles in this order into the ring of buffers.
+// - Group 0 computes the first, third, ... tile of the block, and group 1 computes the others. One thread copies the
+//   operands of all tiles in this order into the ring of buffers.
 // - A group starts the main loop of a tile when the other group has issued the main loop of the tile before, and when
 //   all operands of that tile have arrived. The other group then exchanges its half of H with the other block of the
 //   pair and adds the tail. Group g of a block exchanges with group g of the other block, because both blocks compute
@@ -269,8 +269,8 @@ struct Turns {
 };
 
 // Rounds this thread's sums of one half of H to `own`, sends them to the other block of the pair, and waits until the
-// other half has arrived in shared.other_half. In the first
-// column of pairs of tiles, each block also stores its half of H.
+// other half has arrived in shared.other_half. In the first column of pairs of tiles, each block also stores its half
+// of H.
 template <class P, class Out, class Sums>
 __device__ void exchange_h(const LowRankGemm& op, const Turns& turns, int tile, const Sums& h,
     uint32_t (&own)[P::PARTS][P::HALF], typename P::Shared& shared) {

@@ -2,7 +2,8 @@
 // warp-group products (WGMMA). The kernel is persistent: each block computes one tile of Y after another. It is also
 // warp-specialized: one thread copies the operands of each step along K into a ring of buffers, and two or three warp
 // groups, which own 64 rows of the tile each, multiply them. H T is called the tail of the product. The kernel has two
-// generations; the second is used if EFFT_SM90_GENERATION=2 selects it.
+// generations; the second is used if EFFT_SM90_GENERATION=2 selects it. The third generation is a separate kernel, in
+// lowrank_gemm_pingpong_sm90.cu.
 //
 // H is computed in one of two ways. Up to a rank of 32, this kernel can compute H itself, as additional columns of the
 // product next to every tile of Y. The sums of H are then rounded in the registers and become the left operand of the

@@ -7,7 +7,7 @@ namespace efft {
 
 // The kernel can compute H itself if H has at most MADE_RANKS columns. The first generation of the kernel (the default)
 // does so only if Y has at most MADE_BESIDE columns. For wider Y, computing H again for each column of tiles took
-// longer on an H100 than computing H in a separate kernel. The second generation does so only if K is greater than 192.
+// longer on an H100 than computing H in a separate kernel. The other generations do so only if K is greater than 192.
 constexpr int MADE_RANKS = 32, MADE_BESIDE = 2048;
 
 // Returns whether the kernel should compute H itself, instead of a separate launch of `project`.

@@ -4,10 +4,10 @@
 //
 // One kernel computes both products. The tokens are divided into as many ranges ("splits") as are needed to fill the
 // GPU, but at most into one range per 256 tokens. Every block multiplies 64 columns of gy or x by up to 128 columns of
-// h or dh, for the tokens of one range. The block reads each element of its columns once. Its sums stay in registers
-// until it writes them as partial sums. A second, small kernel adds the partial sums of the ranges in order and rounds
-// once. Therefore no atomic additions are needed. If EFFT_SM90_GENERATION selects newer kernels and the GPU can execute
-// them, reduce_tokens_sm90.cu computes the sums instead.
+// h or dh, for the tokens of one range. gy and x are therefore read once for every 128 columns of h or dh. The sums of
+// a block stay in registers until it writes them as partial sums. A second, small kernel adds the partial sums of the
+// ranges in order and rounds once. Therefore no atomic additions are needed. If EFFT_SM90_GENERATION selects newer
+// kernels and the GPU can execute them, reduce_tokens_sm90.cu computes the sums instead.
 #include <algorithm>
 
 #include "accumulator.cuh"

@@ -6,8 +6,8 @@
 // - dgamma and dbeta are the gradients of the parameters of a layer norm that runs directly before the layer. They are
 //   sums over da, the gradient of the norm's output.
 //
-// This is the second generation of reduce_tokens.cu: it runs on GPUs of compute capability 9.0 if
-// EFFT_SM90_GENERATION=2 selects it.
+// This is the second generation of reduce_tokens.cu: it runs on GPUs of compute capability 9.0 if EFFT_SM90_GENERATION
+// is 2 or 3.
 //
 // Blocks form clusters, and a block can read the shared memory of the other blocks in its cluster. Each cluster
 // computes the sums for 64 columns of gy, x or da. In a product, it combines them with at most 128 columns of h or dh.

@@ -5,9 +5,9 @@
 // computes h = a D and y = a W^T + b + h G. Either one kernel computes both, or a separate kernel computes h first. The
 // backward pass uses the same kernels to compute dh = gy G^T and the gradient of a, gy W + dh D^T. Then it launches the
 // backward kernel of the producer, and finally calls reduce_tokens for dG and dD. If the bias or the norm is trained,
-// torch computes the gradients of their parameters, which are sums over the tokens. The second generation of kernels,
-// which EFFT_SM90_GENERATION=2 selects on compute capability 9.0, computes these gradients in reduce_tokens instead.
-// The third generation does so, too. Its products can also apply a GELU to their results, so that the separate kernels
+// torch computes the gradients of their parameters, which are sums over the tokens. The second and the third generation
+// of kernels, which EFFT_SM90_GENERATION selects on compute capability 9.0, compute these gradients in reduce_tokens
+// instead. The products of the third generation can also apply a GELU to their results, so that the separate kernels
 // for it are not needed: in the forward pass of the layer before the GELU, and in the backward pass of the layer after
 // it.
 #include "tt_linear.h"
@@ -219,7 +219,7 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
     sums.dD = dD.data_ptr();
     sums.factors_D = type_of(dD);
   }
-  // Only the second generation computes the gradients of the bias and the norm in reduce_tokens. Otherwise torch
+  // From the second generation on, reduce_tokens computes the gradients of the bias and the norm. Otherwise torch
   // computes them below.
   const bool finishes = reduce_tokens_finishes();
   Tensor db = empty(gy, {finishes && need.db ? d_out : 0}, ScalarType::Float);

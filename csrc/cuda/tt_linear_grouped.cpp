@@ -1,5 +1,6 @@
 // Implements efft::tt_linear_grouped{,_fwd}.cuda, the forward pass of a layer in which each sample has the factors of
 // its own adapter.
+//
 // The factors are always copied, to convert them to the type of the products. The copy contains one matrix per sample,
 // so the products do not need the adapter indices: the matrices of a sample without an adapter contain zeros, and
 // those of a sample whose adapter index is too large contain NaN. The backward pass

@@ -55,12 +55,13 @@ class Routing(NamedTuple):
 class ExpertWeight(AdaptedParameter):
     """Adapt the matrices of all experts, which one parameter ``[experts, d_out, d_in]`` of a module stores.
 
-    All experts share D, so D multiplies every token once, for any number of experts per token. Each expert e has its
-    own core C[e], and all experts share V. Expert e adds ``(x D) C[e] V`` to its output, and no matrix of the size of
-    an expert's weight is built. Code that multiplies by the stored parameter adds the update with :meth:`add_update`.
-    Code that reads the parameter in another way gets the effective weights of all experts, which include the updates.
-    If such code multiplies by matrices ``[experts, d_in, d_out]`` with ``torch.bmm`` or ``matmul``, low-rank products
-    add the update to the result. Any other use of the values builds a dense tensor.
+    All experts share D. In a product whose input is the same for all experts of a token, D therefore multiplies each
+    token once, for any number of experts. Each expert e has its own core C[e], and all experts share V. Expert e adds
+    ``(x D) C[e] V`` to its output, and no matrix of the size of an expert's weight is built. Code that multiplies by
+    the stored parameter adds the update with :meth:`add_update`. Code that reads the parameter in another way gets the
+    effective weights of all experts, which include the updates. If such code multiplies by matrices
+    ``[experts, d_in, d_out]`` with ``torch.bmm`` or ``matmul``, low-rank products add the update to the result. Any
+    other use of the values builds a dense tensor.
 
     Args:
         module: the module that owns the parameter.

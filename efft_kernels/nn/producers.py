@@ -193,7 +193,7 @@ class _Values(torch.autograd.Function):
 
 
 def _check_differentiable(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> None:
-    """Check that the values are known of which ``torch.autograd.grad`` is to compute the gradient."""
+    """Raise an error if ``torch.autograd.grad`` is to compute gradients of values that adapted layers compute."""
     for x in torch.utils._pytree.tree_leaves(inputs):
         if isinstance(x, ProducerOutput) and x.changed() is None:
             raise RuntimeError(
@@ -247,7 +247,7 @@ _State = tuple[Any, ...]
 
 
 def _state(value: Tensor) -> _State | None:
-    """Return what changes if an operation changes ``value`` in place, or changes how autograd treats it.
+    """Return the properties of ``value`` by which a change in place, or of its treatment by autograd, is detected.
 
     The result is None for inference tensors, whose changes cannot be detected.
     """
@@ -260,7 +260,7 @@ def _state(value: Tensor) -> _State | None:
 def _has_changed(value: Tensor, state: _State | None) -> bool:
     """Return whether ``value`` may have been changed since it had this state.
 
-    If changes cannot be detected, the function returns True. The values are then computed only once.
+    If changes cannot be detected, the function returns True. Later operations then use the same values again.
     """
     return state is None or _state(value) != state
 
@@ -290,7 +290,7 @@ def fuse_producer(module: nn.Module) -> bool:
 
     The module still computes its output itself in compiled, exported and traced code, in the transforms of
     ``torch.func``, if its input is an inference tensor or of a subclass of Tensor, and while it has forward or backward
-    hooks.
+    hooks. This is also the case if the class of the module has another forward method than when it was fused.
 
     Returns:
         Whether the module was fused. It must be a LayerNorm over one dimension, an instance of a subclass that computes

@@ -73,8 +73,8 @@ def tt_contract(
     To *contract* means to multiply, with a sum over the common index r2. Call this op once per step and pass the
     tensors ``G.unbind(0)`` to the layers. Autograd then stacks the gradients of all layers, and one backward call
     computes dC and dV. The cores of a layer become column blocks, so a fused qkv projection needs only one call of
-    ``tt_linear``. For a layer that uses the transposed tensor train (the second layer
-    of an MLP), pass ``C.transpose(-1, -2)`` and ``U.t()``.
+    ``tt_linear``. For a layer that uses the transposed tensor train (the second layer of an MLP), pass
+    ``C.transpose(-1, -2)`` and ``U.t()``.
 
     The op computes in the factors' own dtype, also under autocast, because factors are small and rounding them would
     round the update.

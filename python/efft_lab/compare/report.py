@@ -96,7 +96,7 @@ def text(agenda: Agenda, done: Mapping[str, Record], pictures: Mapping[str, Path
         "Brackets contain the 95 % bootstrap interval over seeds for fixed tasks. The categorical mean is the mean of "
         "the group means. The number of trained parameters does not include the classifier.",
         _means(scores, methods, records),
-        *_tests(agenda, scores, methods),
+        *(part for reference in suite.references for part in _tests(reference, scores, methods)),
         "## Chosen on the validation split",
         _choices(agenda, done, methods),
     ]
@@ -129,7 +129,7 @@ def means(agenda: Agenda, done: Mapping[str, Record]) -> str:
 
 
 def comparisons(agenda: Agenda, done: Mapping[str, Record]) -> str:
-    """Return the part of the report with the paired tests of the reference method against the other methods.
+    """Return the part of the report with the paired tests of each reference method against the other methods.
 
     The text is empty if no two methods can be compared.
 
@@ -138,7 +138,8 @@ def comparisons(agenda: Agenda, done: Mapping[str, Record]) -> str:
         done: maps the key of each finished run to its result.
     """
     scores = collect(agenda.records(done), agenda.suite.tasks)
-    return "\n\n".join(_tests(agenda, scores, [m for m in agenda.suite.methods if m in scores.values])[1:])
+    methods = [m for m in agenda.suite.methods if m in scores.values]
+    return "\n\n".join(part for name in agenda.suite.references for part in _tests(name, scores, methods)[1:])
 
 
 def table(heading: Cells, rows: Sequence[Cells]) -> str:
@@ -198,8 +199,7 @@ def _with_interval(scores: Scores, method: str, categorical: bool) -> str:
     return f"{mean:.1f}" + ("" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]")
 
 
-def _tests(agenda: Agenda, scores: Scores, methods: Sequence[str]) -> list[str]:
-    reference = agenda.suite.reference or next(iter(agenda.suite.methods))
+def _tests(reference: str, scores: Scores, methods: Sequence[str]) -> list[str]:
     if reference not in scores.values:
         return []
     others = [method for method in methods if method != reference]

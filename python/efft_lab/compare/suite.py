@@ -55,7 +55,7 @@ class Suite:
             its training images, the seed also selects them.
         train: settings of all runs.
         search_seeds: seeds of the search runs; by default, the first of ``seeds``.
-        reference: method against which the other methods are tested; by default, the first method.
+        reference: method, or list of methods, against which the other methods are tested; by default, the first method.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Suite:
     about: str = ""
     train: dict[str, Any] = field(default_factory=dict)
     search_seeds: list[int] = field(default_factory=list)
-    reference: str = ""
+    reference: str | list[str] = ""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -90,8 +90,12 @@ class Suite:
             typed.check(f"method {method!r}, seeds", own, list[int])
             if not self.seeds_of(method):
                 raise ValueError(f"method {method!r}: seeds must be some of the suite's {self.seeds}, got {own}")
-        if self.reference:
-            typed.check_names("reference", [self.reference], self.methods, "method")
+        typed.check_names("reference", self.references if self.reference else [], self.methods, "method")
+
+    @property
+    def references(self) -> list[str]:
+        """The methods against which the other methods are tested."""
+        return [self.reference or next(iter(self.methods))] if isinstance(self.reference, str) else self.reference
 
     def seeds_of(self, method: str) -> list[int]:
         """Return the seeds of a method's final runs, in the suite's order."""

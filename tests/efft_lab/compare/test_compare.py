@@ -198,7 +198,7 @@ def test_result_files(tmp_path: Path) -> None:
 def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny["tasks"] = {"digits": {}, "count": {}}
     tiny["methods"] = {"scratch": {"method": "linear", "pretrained": False}, **tiny["methods"]}
-    tiny["reference"] = "EFFT2"
+    tiny["reference"] = ["EFFT2", "pixels"]
     file, results = write(tiny), tmp_path / "r.jsonl"
     agenda = Agenda(suites.load(file))
     with Store(results) as store:
@@ -212,7 +212,10 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
     assert "16 of 16 final runs have a result." in page
     assert "| EFFT2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in page
     assert "| EFFT2 | 1,000 | 85.0 | 85.0 | 85.0 [80.0, 90.0] | 85.0 [80.0, 90.0] |" in page
-    assert "| probe | 2 | +" in page  # compared with the reference over two tasks
+    of_first, of_second = page.partition("## EFFT2 against the others")[2].split("## pixels against the others")
+    assert "| probe | 2 | +" in of_first, "compared with the reference over two tasks"
+    assert "favor pixels" in of_second
+    assert "| EFFT2 | 2 | -" in of_second
     assert "- digits: pixels reaches 52.5, at least as much as probe." in page
     assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
     assert "- commit: abc" in page
