@@ -44,6 +44,7 @@ class Adapter(nn.ModuleDict):
         self.layers: list[str] = []
         self.extras: list[str] = []
         self.plan: list[dict[str, Any]] = []
+        self._copied = False  # whether this is a copy that has not run with gradients yet
         self._idle_checked = False
         self._reads_checked: set[bool] = set()  # modes (True: training) that were searched for dense weights
         self._originals: dict[str, Any] = {}
@@ -71,6 +72,11 @@ class Adapter(nn.ModuleDict):
         for module in self._still:
             module.training = False
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the state of a copied or unpickled adapter."""
+        super().__setstate__(state)
+        self._copied = True
 
     def banks(self) -> list[FactorBank]:
         """Return the banks of all groups."""
@@ -140,6 +146,11 @@ def prepare(model: nn.Module, args: Any) -> None:
     """Compose the operands of all layers before a pass of the model. Warn if a merged model is trained."""
     # The hook finds the adapter through its argument, so that a copied or unpickled model uses its own adapter.
     adapter = adapter_of(model)
+    if adapter._copied and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        from efft.adapting.optimizing import watch_optimizers  # imports this module
+
+        adapter._copied = False
+        watch_optimizers(model)
     if adapter.enabled:
         for factors in adapter.banks():
             factors.prepare()

@@ -117,11 +117,14 @@ def watch_optimizers(model: nn.Module) -> None:
     """Let the first step of an optimizer for ``model`` issue a UserWarning if it ignores the adapter's rates.
 
     An optimizer ignores them if parameters with different rates are in the same group and the group has no name. The
-    groups of :func:`parameter_groups` have names, and its caller may have chosen other rates. Each model is checked
-    once.
+    groups of :func:`parameter_groups` have names, and its caller may have chosen other rates. The warning is issued
+    once per model. A copy of an adapted model is another model, which :func:`efft.adapting.adapter.prepare` watches
+    from its first pass with gradients on.
     """
-    _hook_all_optimizers()
-    _watched.add(model)
+    adapted = _adapted_or_none(model)
+    if adapted is not None and adapted.rates:
+        _hook_all_optimizers()
+        _watched.add(model)
 
 
 _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -138,23 +141,30 @@ def _check_rates_of(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
         return
     _checked.add(optimizer)
     for model in list(_watched):
-        try:
-            adapted = _adapted(model)
-        except (RuntimeError, ValueError):  # parameter_groups reports these errors
-            continue
+        adapted = _adapted_or_none(model)
         if adapted is None:
             continue
         own = {id(p) for parameters in _by_kind(model, adapted).values() for p in parameters}
         groups = [(group, [p for p in group["params"] if id(p) in own]) for group in optimizer.param_groups]
-        if any(parameters for _, parameters in groups):
-            _watched.discard(model)
         if any("name" not in group and len(_by_rate(ps, model, adapted)) > 1 for group, ps in groups):
+            _watched.discard(model)
             warnings.warn(
                 f"this {type(optimizer).__name__} has one learning rate for parameters of the adapter that should "
                 f"have different rates ({dict(adapted.rates)}, as multiples of lr): create it from "
                 "efft.parameter_groups(model, lr), or set rates={} in the configuration",
                 stacklevel=3,
             )
+
+
+def _adapted_or_none(model: nn.Module) -> _Adapted | None:
+    """Return the trained parts as :func:`_adapted` does, or None if it raises an error.
+
+    :func:`parameter_groups` reports these errors.
+    """
+    try:
+        return _adapted(model)
+    except (RuntimeError, ValueError):
+        return None
 
 
 @torch.no_grad()

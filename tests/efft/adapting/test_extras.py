@@ -344,6 +344,16 @@ def test_an_optimizer_that_ignores_the_rates(trained: Make, images: Tensor) -> N
     assert _train(watched, images) == [message({"cores": 3})]
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_an_optimizer_of_a_copy_that_ignores_the_rates(
+    duplicate: Callable[[nn.Module], nn.Module], trained: Make, images: Tensor
+) -> None:
+    model = duplicate(trained(rates={"cores": 3}))
+    assert _train(model, images, efft.parameter_groups(model, 1e-3)) == []
+    assert len(_train(model, images)) == 1, "an earlier optimizer that used the rates must not prevent the warning"
+    assert _train(duplicate(trained()), images) == []
+
+
 def test_an_optimizer_that_ignores_the_rates_under_peft(tiny_vit: Make, images: Tensor) -> None:
     peft = pytest.importorskip("peft", reason="needs peft: pip install 'efft-kernels[hf]'")
     from efft.integrations.peft import EfftPeftConfig
@@ -353,6 +363,7 @@ def test_an_optimizer_that_ignores_the_rates_under_peft(tiny_vit: Make, images: 
         return model
 
     assert len(_train(make(), images)) == 1
+    assert len(_train(copy.deepcopy(make()), images)) == 1
     model = make()
     assert _train(model, images, efft.parameter_groups(model, 1e-3)) == []
 

@@ -115,6 +115,11 @@ class EfftModel(BaseTuner):
         if config.rates:
             watch_optimizers(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the state of a copied or unpickled model."""
+        super().__setstate__(state)
+        watch_optimizers(self)
+
     def train(self, mode: bool = True) -> EfftModel:
         """Set the mode, but leave modules in eval mode if an active adapter has ``freeze_statistics``."""
         super().train(mode)
