@@ -32,6 +32,7 @@ def find_layouts(
     kwargs: Mapping[str, Any],
     samples: int,
     kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
+    separate: bool = False,
 ) -> dict[str, Layouts] | None:
     """Find the dimension that indexes the samples in the inputs of each layer of ``model`` of one of the ``kinds``.
 
@@ -43,11 +44,15 @@ def find_layouts(
         args, kwargs: inputs of the model. The first dimension of each tensor is the batch of ``samples``.
         samples: the number of samples, at least 2.
         kinds: the classes of the layers.
+        separate: whether no output of a sample may depend on other samples.
 
     Returns:
         A dict from the name of each layer to its :data:`Layouts`, without the entries that are unknown or that are the
         first dimension. The result is None if the inputs cannot be changed, if the model does not run on them, or if
         the two runs call different layers.
+
+    Raises:
+        ValueError: ``separate`` is set, and an output of other samples than the first changes.
     """
     other_args = tuple(_change_first_sample(x, samples) for x in args)
     other_kwargs = {key: _change_first_sample(x, samples) for key, x in kwargs.items()}
@@ -61,13 +66,15 @@ def find_layouts(
             module.training = module.training and isinstance(module, nn.Linear)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # Copies, because running the model extends a key-value cache.
-            first = _run(model, *copy.deepcopy((tuple(args), dict(kwargs))), kinds)
-            second = _run(model, *copy.deepcopy((other_args, other_kwargs)), kinds)
+            first, output = _run(model, *copy.deepcopy((tuple(args), dict(kwargs))), kinds)
+            second, other_output = _run(model, *copy.deepcopy((other_args, other_kwargs)), kinds)
     except Exception:  # if the inputs are wrong, the actual call of the model reports the error
         return None
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if separate:
+        _check_separate(output, other_output, samples)
     if [(name, shape) for name, shape, _, _ in first] != [(name, shape) for name, shape, _, _ in second]:
         return None
     found: dict[str, Layouts] = {}
@@ -91,14 +98,33 @@ def _change_first_sample(x: Any, samples: int) -> Any:
     return torch.cat([0.5 - 1.3 * x[:1].flip(-1), x[1:]]) if bool(x.isfinite().all()) else x
 
 
+def _check_separate(output: Any, other: Any, samples: int) -> None:
+    """Check that two outputs differ only in the first of their samples, which is the first row of each tensor."""
+    leaves = (torch.utils._pytree.tree_leaves(of) for of in (output, other))
+    for before, after in zip(*leaves, strict=False):
+        if not (isinstance(before, Tensor) and before.dim() and before.is_floating_point() and before.numel()):
+            continue
+        if len(before) != samples or after.shape != before.shape:
+            continue
+        changed = (after - before).abs().reshape(samples, -1).amax(1) > _CHANGE * before.abs().amax()
+        if changed[1:].any():
+            raise ValueError(
+                f"an output of shape {list(before.shape)} compares the samples of the batch with each other, but they "
+                "belong to different models: train the models one by one, or let the model return only outputs of "
+                "single samples"
+            )
+
+
 _Run = list[tuple[str, torch.Size, Tensor, Tensor]]
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[type[nn.Module], ...]) -> _Run:
-    """Run the model, and record every call of a layer.
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kinds: tuple[type[nn.Module], ...]
+) -> tuple[_Run, Any]:
+    """Run the model, and return a record of every call of a layer, and the output.
 
-    Each entry is (name of the layer, shape of the input, product of each row with a fixed vector [rows], norm of the
-    largest row).
+    Each entry of the record is (name of the layer, shape of the input, product of each row with a fixed vector [rows],
+    norm of the largest row).
     """
     calls: _Run = []
 
@@ -115,11 +141,11 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], kinds:
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
         torch.manual_seed(0)
-        model(*args, **kwargs)
+        output = model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    return calls
+    return calls, output
 
 
 _UNKNOWN, _USUAL = -2, -3

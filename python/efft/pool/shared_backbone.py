@@ -120,7 +120,7 @@ class SharedBackbone(nn.Module):
 
         Raises:
             ValueError: a name is unknown; the inputs do not fit together; a module that updates buffers is in training
-                mode; or an output has no dimension for the samples.
+                mode; or an output has no dimension for the samples, or compares samples with each other.
             RuntimeError: seeds were given, and a frozen module draws random numbers (dropout). A model that is trained
                 alone would draw other numbers.
         """
@@ -247,7 +247,7 @@ class SharedBackbone(nn.Module):
         for module in joint.values():
             module.probing = True
         try:
-            found = find_layouts(self.backbone, args, kwargs, samples, (JointDelta, Each))
+            found = find_layouts(self.backbone, args, kwargs, samples, (JointDelta, Each), separate=True)
         finally:
             for module in joint.values():
                 module.probing = False

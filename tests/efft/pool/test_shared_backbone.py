@@ -318,6 +318,31 @@ def test_batches_that_do_not_fit(member: Make, images: Tensor) -> None:
         shared({"a": images, "b": images})
 
 
+class Contrasts(nn.Module):
+    """Returns the similarities of all samples of the batch, as CLIP does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        return {"features": x, "similarities": x @ x.t()}
+
+
+def test_outputs_that_compare_samples_are_refused() -> None:
+    """The similarities of samples of different models have no meaning, and a model alone would not return them."""
+    models = {}
+    for name in "ab":
+        torch.manual_seed(0)
+        models[name] = efft.apply(Contrasts(), efft.EfftConfig(rank=2, head=[]))
+    shared = efft.SharedBackbone(models)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"an output of shape \[4, 4\] compares the samples of the batch"):
+            shared({name: torch.randn(2, 6) for name in "ab"})
+
+
 def test_random_numbers_of_the_backbone_are_refused_with_seeds(tiny_vit: Make, images: Tensor) -> None:
     models = {name: efft.apply(tiny_vit(drop_path_rate=0.5), efft.EfftConfig(rank=4)) for name in "ab"}
     shared = efft.SharedBackbone(copy.deepcopy(models), seeds={"a": 1, "b": 2})
