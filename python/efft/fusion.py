@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from efft.adapting.inject import adapted_layers, adapter_of
 from efft_kernels.nn.mlp import fuse_mlp, unfuse_mlp
-from efft_kernels.nn.producers import fuse_producer, unfuse_producer
+from efft_kernels.nn.producers import ProducerOutput, fuse_producer, unfuse_producer
 
 
 def fuse(model: nn.Module) -> list[str]:
@@ -26,12 +29,14 @@ def fuse(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model is not adapted.
     """
-    adapter_of(model)
+    adapter = adapter_of(model)
     beside = {parent for name in adapted_layers(model) for parent in _parents(name)}
     near = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[0] in beside]
     fused = [name for name, module in near if fuse_producer(module)]
     for name in beside:
         fuse_mlp(model.get_submodule(name))
+    if _compute_outputs not in model._forward_hooks.values():
+        adapter._hooks.append(model.register_forward_hook(_compute_outputs))  # efft.remove removes these hooks
     return fused
 
 
@@ -40,7 +45,22 @@ def unfuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         unfuse_mlp(module)
         unfuse_producer(module)
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _compute_outputs:
+                del module._forward_hooks[key]
     return model
+
+
+def _compute_outputs(model: nn.Module, args: Any, output: Any) -> Any:
+    """Replace postponed tensors in the output of the model by their values. The model runs this as a forward hook.
+
+    The values must not depend on later changes of the model, such as those by an optimizer.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if not any(isinstance(leaf, ProducerOutput) for leaf in torch.utils._pytree.tree_leaves(output)):
+        return None
+    return torch.utils._pytree.tree_map_only(ProducerOutput, ProducerOutput.value, output)
 
 
 def _parents(name: str) -> list[str]:

@@ -124,6 +124,31 @@ def test_models_of_transformers(name: str, mlps: list[Any]) -> None:
     assert len(gelus) == (0 if config["hidden_act"] == "quick_gelu" else 2)
 
 
+def test_outputs_of_the_model_are_ordinary_tensors() -> None:
+    """The last norm of this model belongs to no adapted layer, and an optimizer changes its parameters."""
+    model, output = transformer("ViT", **PIXELS, hidden_act="gelu")
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for parameter in model.layernorm.parameters():
+        parameter.requires_grad_()
+    efft.fuse(model)
+    y = output(model)(x)
+    assert type(y) is Tensor
+    expected = y.detach().clone()
+    y.sum().backward()
+    torch.optim.SGD(model.layernorm.parameters(), lr=1.0).step()
+    assert torch.equal(y, expected)
+    assert not torch.equal(output(model)(x), expected)
+    copied = copy.deepcopy(model)
+    assert type(output(copied)(x)) is Tensor
+    n_hooks = len(model._forward_hooks)
+    efft.fuse(model)
+    assert len(model._forward_hooks) == n_hooks
+    efft.unfuse(model)
+    assert len(model._forward_hooks) == n_hooks - 1
+    efft.remove(copied)
+    assert not copied._forward_hooks
+
+
 @pytest.mark.parametrize("name", ["test_vit2", "test_vit3", "test_vit4", "swin_tiny_patch4_window7_224"])
 def test_other_blocks(name: str) -> None:
     """Fusion must also be correct with layer scales, register tokens, attention pooling, RMSNorm and windows."""
