@@ -120,9 +120,12 @@ def _names(module: Any) -> list[str]:
     """Return the names of the submodules that the forward method calls in turn; none if it does anything else."""
     forward = type(module).forward
     if forward is nn.Sequential.forward:
-        return list(module._modules)
+        return list(module._modules) if type(module).__iter__ is nn.Sequential.__iter__ else []
     if not isinstance(forward, FunctionType):
         return []
+    defaults = (*(forward.__defaults__ or ()), *(forward.__kwdefaults__ or {}).values())
+    if not all(isinstance(default, (bool, int, float, str, type(None))) for default in defaults):
+        return []  # the method may use such an object, for example as a context
     recorder = _Recorder(module)
     _, names, markers = recorder.__dict__["_state"]
     try:
@@ -184,7 +187,7 @@ def _can_run(modules: Any, chain: _Chain) -> bool:
         if module is None or _has_hooks(own := module.__dict__):
             return False
         if i == chain.gelu:
-            if not _is_gelu(module):
+            if not _is_gelu(module) or type(module).__call__ is not nn.Module.__call__:
                 return False
         elif "forward" in own:
             return False

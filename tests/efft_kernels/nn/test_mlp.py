@@ -232,14 +232,30 @@ class Branches(Mlp):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class HasAContextAsDefault(Mlp):
+    def forward(self, x: Tensor, context: Any = torch.no_grad()) -> Tensor:  # noqa: B008
+        with context:
+            return self.fc2(self.act(self.fc1(x)))
+
+
+class Backwards(nn.Sequential):
+    """Calls its modules in the reverse order."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(40, 24), nn.GELU(), nn.Linear(24, 40))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return reversed(self._modules.values())
+
+
 REFUSED = (
     *(UsesTwice, Gated, Repeats, ReadsItsMode, Counts, Adds, TakesMore, ReturnsAnother),
-    *(InFp32, WithoutGradient, HasAnInnerFunction, Inherits, Branches),
+    *(InFp32, WithoutGradient, HasAnInnerFunction, Inherits, Branches, HasAContextAsDefault, Backwards),
 )
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_module_that_does_anything_else_is_refused(kind: type[Mlp]) -> None:
+def test_a_module_that_does_anything_else_is_refused(kind: type[nn.Module]) -> None:
     module = adapted(kind())
     assert not fuse_mlp(module)
     assert "forward" not in module.__dict__
@@ -352,7 +368,17 @@ def change_the_class_of_the_gelu(model: nn.Module) -> None:
     model[1].act.__class__ = Softened
 
 
+class CalledTwice(nn.GELU):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+def change_the_call_of_the_gelu(model: nn.Module) -> None:
+    model[1].act.__class__ = CalledTwice
+
+
 CHANGES = (
+    change_the_call_of_the_gelu,
     *(change_the_class, change_the_class_of_the_gelu),
     *(disable, merge, train_a_base_weight),
     *(replace_a_layer, replace_the_gelu, replace_an_identity, set_a_forward),
