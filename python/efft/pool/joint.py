@@ -132,6 +132,25 @@ class Each(nn.Module):
         self.layouts: dict[int, Layout] = {}
         self.learned = self.probing = False
 
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute that is equal in all modules, such as the width of a norm.
+
+        Raises:
+            AttributeError: the modules have no such attribute.
+            RuntimeError: the attribute is a tensor, or it differs.
+        """
+        own: dict[str, Any] | None = self.__dict__.get("own")
+        if own is None or name in self._parameters or name in self._buffers or name in self._modules:
+            return super().__getattr__(name)
+        values = [getattr(module, name) for module in own.values()]
+        if any(isinstance(value, (Tensor, nn.Module)) or value != values[0] for value in values):
+            raise RuntimeError(
+                f"{name!r} of a {type(next(iter(own.values()))).__name__} is read directly by the module around it, "
+                "but each model of an efft.SharedBackbone has its own: do not train this module, or train the models "
+                "one by one"
+            )
+        return values[0]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parts = self.running.get()
         if parts is None:

@@ -343,6 +343,38 @@ def test_outputs_that_compare_samples_are_refused() -> None:
             shared({name: torch.randn(2, 6) for name in "ab"})
 
 
+class ReadsItsNorm(nn.Module):
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.norm, self.reads = nn.LayerNorm(6), reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        if self.reads == "eps":
+            return self.norm(x) * self.norm.eps
+        return F.layer_norm(x, self.norm.normalized_shape, self.norm.weight)
+
+
+def test_a_trained_norm_that_is_read_directly() -> None:
+    """Settings can be read. Parameters cannot, because they differ between the models."""
+    config = efft.EfftConfig(rank=2, head=[], norms=True)
+    for reads in ("eps", "weight"):
+        torch.manual_seed(0)
+        first = efft.apply(ReadsItsNorm(reads), config)
+        second = copy.deepcopy(first)
+        nn.init.normal_(second.norm.weight)
+        batches = {"a": torch.randn(2, 6), "b": torch.randn(3, 6)}
+        expected = {"a": first(batches["a"]), "b": second(batches["b"])}
+        shared = efft.SharedBackbone({"a": first, "b": second})
+        if reads == "eps":
+            torch.testing.assert_close(shared(batches), expected)
+            continue
+        with pytest.raises(RuntimeError, match="'weight' of a LayerNorm is read directly by the module around it"):
+            shared(batches)
+
+
 def test_random_numbers_of_the_backbone_are_refused_with_seeds(tiny_vit: Make, images: Tensor) -> None:
     models = {name: efft.apply(tiny_vit(drop_path_rate=0.5), efft.EfftConfig(rank=4)) for name in "ab"}
     shared = efft.SharedBackbone(copy.deepcopy(models), seeds={"a": 1, "b": 2})
