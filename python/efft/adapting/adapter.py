@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Adapter(nn.ModuleDict):
         self.extras: list[str] = []
         self.plan: list[dict[str, Any]] = []
         self._copied = False  # whether this is a copy that has not run with gradients yet
+        self._watch: Callable[[nn.Module], None] | None = None  # called with the model at the first such pass of a copy
         self._idle_checked = False
         self._reads_checked: set[bool] = set()  # modes (True: training) that were searched for dense weights
         self._originals: dict[str, Any] = {}
@@ -146,11 +147,9 @@ def prepare(model: nn.Module, args: Any) -> None:
     """Compose the operands of all layers before a pass of the model. Warn if a merged model is trained."""
     # The hook finds the adapter through its argument, so that a copied or unpickled model uses its own adapter.
     adapter = adapter_of(model)
-    if adapter._copied and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        from efft.adapting.optimizing import watch_optimizers  # imports this module
-
+    if adapter._copied and adapter._watch and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         adapter._copied = False
-        watch_optimizers(model)
+        adapter._watch(model)
     if adapter.enabled:
         for factors in adapter.banks():
             factors.prepare()

@@ -119,6 +119,7 @@ def _adapt(model: nn.Module, config: AdapterConfig, plan: Plan, aside: Aside) ->
         *hooks_for(model),
     ]
     if getattr(config, "rates", {}):
+        adapter._watch = watch_optimizers
         watch_optimizers(model)
 
 
