@@ -126,14 +126,16 @@ def tile_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield f"tiles {tokens} {d_in} {d_out} {rank} {dtype}", {"y": y, "h": h, "dx": dx}, exact, dtype, {}
     # An infinite activation must make its row infinite. The unused columns of h beyond the rank must not make it NaN.
     # Newer generations compute h in the kernel of y only if d_in is greater than 192.
-    for d_in in (40, 200):
-        x, W, D, G = (random(*shape, dtype=dtype).abs() for shape in ((9, d_in), (72, d_in), (d_in, 5), (5, 72)))
-        x[3, 7] = torch.inf
-        y, h = torch.ops.efft.tt_linear_fwd.cuda(x, W, None, D, G)
-        infinite = torch.zeros(9, 1, dtype=torch.float64)
-        infinite[3] = 1
-        exact = {"y": infinite.expand(9, 72), "h": infinite.expand(9, 5)}
-        yield f"infinite {d_in} {dtype}", {"y": y.isinf().to(dtype), "h": h.isinf().to(dtype)}, exact, dtype, {}
+    x, W, D, G = (random(*shape, dtype=dtype).abs() for shape in ((9, 40), (72, 40), (40, 5), (5, 72)))
+    x[3, 7] = torch.inf
+    infinite = torch.zeros(9, 1, dtype=torch.float64)
+    infinite[3] = 1
+    exact = {"y": infinite.expand(9, 72), "h": infinite.expand(9, 5)}
+    for times in (1, 5):
+        wide = (x.repeat(1, times), W.repeat(1, times), None, D.repeat(times, 1), G)
+        y, h = torch.ops.efft.tt_linear_fwd.cuda(*wide)
+        got = {"y": y.isinf().to(dtype), "h": h.isinf().to(dtype)}
+        yield f"infinite {40 * times} {dtype}", got, exact, dtype, {}
 
 
 def mlp_case(
