@@ -27,6 +27,16 @@ choices: dict[Signature, Backend] = {}
 _MOST = 4096
 
 
+def is_transformed() -> bool:
+    """Return whether code is being compiled, exported, traced, or transformed by ``torch.func``."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def is_intercepted() -> bool:
+    """Return whether code is being transformed, or a mode such as fake tensors or make_fx receives its operators."""
+    return is_transformed() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def signature(
     op: str, backend: str | Backend | None, x: Tensor, *others: Tensor | None, setting: object = None
 ) -> tuple[Signature, torch.dtype | None] | tuple[None, None]:
@@ -39,12 +49,7 @@ def signature(
     transformed by ``torch.func``, in which sizes may be symbols, and arguments that are not tensors or have no
     dimension.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    ):
+    if is_intercepted():
         return None, None
     try:
         device, shape = x.device, x.shape

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efft_kernels._calls import is_intercepted
 from efft_kernels.nn.adapted import AdaptedWeight
 from efft_kernels.nn.bank import Binding
 from efft_kernels.nn.frozen import is_plain
@@ -56,7 +57,7 @@ class Effective(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == _REQUIRES_GRAD:  # code that moves weights creates a parameter like the stored one
+        if func == REQUIRES_GRAD:  # code that moves weights creates a parameter like the stored one
             return args[0].W.requires_grad
         if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)
@@ -164,7 +165,7 @@ def _as_device(argument: Any) -> Any:
 
 
 _BATCHED = {torch.bmm, torch.matmul, Tensor.bmm, Tensor.matmul, Tensor.__matmul__}
-_REQUIRES_GRAD = getattr(Tensor, "requires_grad").__get__  # noqa: B009
+REQUIRES_GRAD = getattr(Tensor, "requires_grad").__get__  # noqa: B009
 METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
     *(getattr(Tensor, name).__get__ for name in ("is_nested", "is_sparse", "is_quantized", "itemsize")),
@@ -225,20 +226,10 @@ def effective(owner: AdaptedWeight, W: Tensor) -> Tensor:
     used = binding.used
     D, G = owner.pair()
     binding.used = used  # reading only the dtype or the shape is not a use
-    if needs_ordinary_tensors():
+    if is_intercepted():
         binding.used = binding.read = binding.dense = True
         return owner.summed(W, D, G)
     return Effective.of(owner, W, D, G)
-
-
-def needs_ordinary_tensors() -> bool:
-    """Return whether the running code is compiled, traced or transformed, so that a tensor cannot be postponed."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, make_fx
-    )
 
 
 def in_pass(binding: Binding) -> bool:

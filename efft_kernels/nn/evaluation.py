@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efft_kernels._calls import is_intercepted
 from efft_kernels.backends import current_backend
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -87,13 +88,10 @@ def can_be_kept(tensors: Sequence[Tensor]) -> bool:
     - Several processes share the work. Libraries that shard parameters release and refill the memory of the parameters
       between passes.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensors:
+    if torch.is_grad_enabled() or is_intercepted() or not tensors:
         return False
     return not (
-        torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or (torch.distributed.is_available() and torch.distributed.is_initialized())
+        (torch.distributed.is_available() and torch.distributed.is_initialized())
         or any(type(t) not in _PLAIN or t.is_inference() or t.is_meta for t in tensors)
         or (any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing())
     )

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from efft_kernels._calls import is_transformed
 from efft_kernels.nn.frozen import stored_in
 from efft_kernels.nn.linear import EfftLinear, multiplies_plainly
-from efft_kernels.nn.producers import ProducerOutput, approximation, is_transformed, replaced_forward
+from efft_kernels.nn.producers import ProducerOutput, approximation, replaced_forward
 from efft_kernels.ops import tt_mlp
 
 

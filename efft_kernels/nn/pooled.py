@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efft_kernels.nn.effective import METADATA, needs_ordinary_tensors
+from efft_kernels._calls import is_intercepted
+from efft_kernels.nn.effective import METADATA, REQUIRES_GRAD
 from efft_kernels.nn.frozen import FrozenLayer, dequantized, read_by_its_parent, stored_in
 from efft_kernels.nn.linear import adapted_linear, frozen_linear, multiplies_plainly
 from efft_kernels.ops import tt_linear, tt_linear_grouped
@@ -91,7 +92,7 @@ class SelectedParameter(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in METADATA or func == _REQUIRES_GRAD:
+        if func in METADATA or func == REQUIRES_GRAD:
             return super().__torch_function__(func, types, args, kwargs or {})
         if func is F.linear:
             return _linear(*args, **(kwargs or {}))
@@ -127,9 +128,6 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
     if bias is not None and own:
         return layer.multiply(input)
     return layer.multiply(input, None if bias is None else _computed(bias), own_bias=False)
-
-
-_REQUIRES_GRAD = getattr(Tensor, "requires_grad").__get__  # noqa: B009
 
 
 class PooledLinear(FrozenLayer, nn.Linear):
@@ -189,7 +187,7 @@ class PooledLinear(FrozenLayer, nn.Linear):
         try:
             if not own or self.uses_base():
                 return stored
-            if not needs_ordinary_tensors():
+            if not is_intercepted():
                 return SelectedParameter.of(self, name, stored)
             # Code that reads only the dtype or the shape of a weight must not fail.
             return self.dense(name) if self.read or self.selection().weights is not None else stored

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efft_kernels._calls import is_transformed
 from efft_kernels.ops import tt_gelu_linear, tt_linear, tt_norm_linear
 
 
@@ -377,15 +378,6 @@ def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> functoo
     return forward if isinstance(forward, functools.partial) and forward.func is function else None
 
 
-def is_transformed() -> bool:
-    """Return whether code is being compiled, exported, traced, or transformed by ``torch.func``."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
 def approximation(module: nn.Module) -> str | None:
     """Return which GELU a fused module computes, "none" or "tanh"; None for a LayerNorm and for other modules."""
     forward = replaced_forward(module, _forward)
@@ -403,11 +395,15 @@ def _forward(module: Any, *args: Any, approximate: str | None, method: Any, **kw
     ``method`` is the forward method that :func:`fuse_producer` has examined. If the class of the module has another one
     now, the module may compute something else.
     """
-    if len(args) != 1 or kwargs or type(module).forward is not method or is_transformed():
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if (
+        type(module).forward is not method
+        or is_transformed()
+        or type(x) is not Tensor
+        or x.is_inference()
+        or any(getattr(module, hooks) for hooks in _HOOKS)
+    ):
         return type(module).forward(module, *args, **kwargs)
-    (x,) = args
-    if type(x) is not Tensor or x.is_inference() or any(getattr(module, hooks) for hooks in _HOOKS):
-        return _compute(module, x)
     if isinstance(module, nn.GELU):
         approximate = module.approximate  # may have changed since the module was fused
     return ProducerOutput.of(module, x, approximate)

@@ -103,8 +103,11 @@ def set_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     adapted = _adapted(unwrap(model))
     if adapted is None or not adapted.rates:
         return
+    rates = _rates(model, adapted)
     for group in list(optimizer.param_groups):
-        by_rate = _by_rate(group["params"], model, adapted)
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_rate.setdefault(rates.get(id(parameter), adapted.rates.get("head", 1.0)), []).append(parameter)
         parts = [{**group, "params": params, "lr": group["lr"] * rate} for rate, params in by_rate.items()]
         for i, part in enumerate(parts):
             if i == 0:
@@ -144,9 +147,9 @@ def _check_rates_of(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
         adapted = _adapted_or_none(model)
         if adapted is None:
             continue
-        own = {id(p) for parameters in _by_kind(model, adapted).values() for p in parameters}
-        groups = [(group, [p for p in group["params"] if id(p) in own]) for group in optimizer.param_groups]
-        if any("name" not in group and len(_by_rate(ps, model, adapted)) > 1 for group, ps in groups):
+        rates = _rates(model, adapted)
+        groups = [group["params"] for group in optimizer.param_groups if "name" not in group]
+        if any(len({rates[id(p)] for p in parameters if id(p) in rates}) > 1 for parameters in groups):
             _watched.discard(model)
             warnings.warn(
                 f"this {type(optimizer).__name__} has one learning rate for parameters of the adapter that should "
@@ -262,15 +265,9 @@ def _adapted_by_peft(model: nn.Module, tuner: Any) -> _Adapted:
     return _Adapted(factors, list(trained.values()), rates[0] if rates else {})
 
 
-def _by_rate(
-    parameters: Iterable[nn.Parameter], model: nn.Module, adapted: _Adapted
-) -> dict[float, list[nn.Parameter]]:
-    """Return the parameters by their rates in the configuration. Those outside the adapter have the head's rate."""
-    rates = {id(p): adapted.rates.get(kind, 1.0) for kind, ps in _by_kind(model, adapted).items() for p in ps}
-    found: dict[float, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        found.setdefault(rates.get(id(parameter), adapted.rates.get("head", 1.0)), []).append(parameter)
-    return found
+def _rates(model: nn.Module, adapted: _Adapted) -> dict[int, float]:
+    """Return the rate in the configuration of each trained parameter outside the head, by its ``id``."""
+    return {id(p): adapted.rates.get(kind, 1.0) for kind, ps in _by_kind(model, adapted).items() for p in ps}
 
 
 def _by_kind(model: nn.Module, adapted: _Adapted) -> dict[str, list[nn.Parameter]]:

@@ -453,9 +453,11 @@ class AdapterPool:
             pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
             if self._layouts is not None and not pooled.learned:
                 pooled.layouts, pooled.learned = self._layouts.get(layer, {}), True
-        replace_modules(self.model, {originals[n]: pooled for n, pooled in layers.items() if n not in self._layers})
-        for _, pooled, _ in read_layers(self.model, PooledLinear):  # type: ignore[type-abstract]
-            pooled.read = True
+        new: dict[nn.Module, nn.Module] = {originals[n]: layers[n] for n in layers if n not in self._layers}
+        if new:
+            replace_modules(self.model, new)
+            for _, pooled, _ in read_layers(self.model, PooledLinear):  # type: ignore[type-abstract]
+                pooled.read = True
         self._originals, self._layers, self._stacks, self._rows = originals, layers, stacks, rows
         self._write_extras(trained, slot)
         self._slots[name] = slot

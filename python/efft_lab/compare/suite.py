@@ -90,7 +90,7 @@ class Suite:
             typed.check(f"method {method!r}, seeds", own, list[int])
             if not self.seeds_of(method):
                 raise ValueError(f"method {method!r}: seeds must be some of the suite's {self.seeds}, got {own}")
-        typed.check_names("reference", self.references if self.reference else [], self.methods, "method")
+        typed.check_names("reference", self.references, self.methods, "method")
 
     @property
     def references(self) -> list[str]:
