@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from efft_kernels._arguments import transposed
 from efft_kernels.triton.launch import (
     GemmTile,
     ceil_div,
@@ -295,14 +296,13 @@ def lowrank_gemm(
         H = project(A, P, adapter=adapter)
     if Y.numel() == 0:
         return Y, H
-    transposed = B.stride(0) == 1
+    is_transposed = B.stride(0) == 1
+    stored = transposed(B) if is_transposed else B
     if tma is None:
-        tma = adapter is None and takes(A, B.t() if transposed else B, Y)
+        tma = adapter is None and takes(A, stored, Y)
     tile = tile or gemm_tile(A, N, tma=tma, slope="none" if Z is None else producer)
     if tma:
-        _launch_tma(
-            A, B.t() if transposed else B, bias, T, H, Z, Y, transposed=transposed, producer=producer, tile=tile
-        )
+        _launch_tma(A, stored, bias, T, H, Z, Y, is_transposed=is_transposed, producer=producer, tile=tile)
         return Y, H
     grid = (samples * ceil_div(M, tile.m) * ceil_div(N, tile.n),)
     with on_device(A):
@@ -345,7 +345,7 @@ def _launch_tma(
     Z: Tensor | None,  # [M, N]
     Y: Tensor,  # [M, N]
     *,
-    transposed: bool,
+    is_transposed: bool,
     producer: str,
     tile: GemmTile,
 ) -> None:
@@ -355,11 +355,11 @@ def _launch_tma(
     with on_device(A):
         lowrank_gemm_tma_kernel[grid](
             TensorDescriptor.from_tensor(A, [tile.m, tile.k]),
-            TensorDescriptor.from_tensor(B, [tile.n, tile.k] if transposed else [tile.k, tile.n]),
+            TensorDescriptor.from_tensor(B, [tile.n, tile.k] if is_transposed else [tile.k, tile.n]),
             *(bias, T, H, Z, TensorDescriptor.from_tensor(Y, [tile.m, tile.n // 2]), M, N, K, R),
             *(0 if bias is None else bias.stride(0), *T.stride(), *((0, 0) if Z is None else Z.stride())),
             PRODUCER=producer,
-            TRANSPOSED=transposed,
+            TRANSPOSED=is_transposed,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,

@@ -12,11 +12,14 @@ equal results.
 
 If x is the output of a GELU or a layer norm, the *producer*, the kernel can read the input of the producer instead and
 compute x from it (:mod:`efft_kernels.triton.producers`).
+
+The sums of two layers with the same tokens can share both launches.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -101,7 +104,7 @@ def _sum_over_tokens(
 
 
 @triton.jit
-def reduce_tokens_kernel(
+def _reduce_layer(
     gy,  # [M, d_out]
     h,  # [M, R], contiguous
     x,  # [M, d_in], read through the producer
@@ -119,8 +122,9 @@ def reduce_tokens_kernel(
     stride_gn,
     stride_xm,
     stride_xn,
-    TOKENS,  # tokens per split, a multiple of BLOCK_M
     columns_out,  # number of column blocks of gy; 0 if dG is not needed
+    column,  # index of this program's block of columns of gy or x
+    TOKENS,  # tokens per split, a multiple of BLOCK_M
     NEED_DB: tl.constexpr,
     PRODUCER: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -128,7 +132,7 @@ def reduce_tokens_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    column, split, rank = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    split, rank = tl.program_id(1).to(tl.int64), tl.program_id(2)
     begin = split * TOKENS
     n = R * (d_out + d_in)
     if NEED_DB:
@@ -149,10 +153,69 @@ def reduce_tokens_kernel(
 
 
 @triton.jit
-def finish_kernel(partial, dG, dD, db, n_G, n_D, n_b, splits, BLOCK: tl.constexpr):
-    """Sum ``partial`` [splits, n_G + n_D + n_b] over the splits into dG, dD and db of n_G, n_D and n_b elements."""
+def reduce_tokens_kernel(
+    gy,
+    h,
+    x,
+    gamma,
+    beta,
+    mean,
+    rstd,
+    dh,
+    partial,
+    M,
+    d_out,
+    d_in,
+    R,
+    stride_gm,
+    stride_gn,
+    stride_xm,
+    stride_xn,
+    columns_out,
+    TOKENS,
+    NEED_DB: tl.constexpr,
+    PRODUCER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Compute the partial sums of one layer. ``_reduce_layer`` explains the arguments."""
+    _reduce_layer(
+        *(gy, h, x, gamma, beta, mean, rstd, dh, partial, M, d_out, d_in, R),
+        *(stride_gm, stride_gn, stride_xm, stride_xn, columns_out, tl.program_id(0), TOKENS),
+        *(NEED_DB, PRODUCER, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
+    )
+
+
+@triton.jit
+def reduce_two_kernel(
+    first,  # the arguments of _reduce_layer from gy to columns_out, for the first layer
+    second,  # the same for the second layer
+    columns,  # number of column blocks of the first layer
+    TOKENS,
+    FIRST_NEEDS_DB: tl.constexpr,
+    FIRST_PRODUCER: tl.constexpr,
+    SECOND_NEEDS_DB: tl.constexpr,
+    SECOND_PRODUCER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Compute the partial sums of two layers."""
+    column = tl.program_id(0)
+    blocks: tl.constexpr = (PRECISION, BLOCK_M, BLOCK_N, BLOCK_R)
+    if column < columns:
+        _reduce_layer(*first, column, TOKENS, FIRST_NEEDS_DB, FIRST_PRODUCER, *blocks)
+    else:
+        _reduce_layer(*second, column - columns, TOKENS, SECOND_NEEDS_DB, SECOND_PRODUCER, *blocks)
+
+
+@triton.jit
+def _finish_layer(partial, dG, dD, db, n_G, n_D, n_b, splits, block, BLOCK: tl.constexpr):
     n = n_G + n_D + n_b
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(splits):
         total += tl.load(partial + i, mask=i < n, other=0.0)
@@ -162,65 +225,152 @@ def finish_kernel(partial, dG, dD, db, n_G, n_D, n_b, splits, BLOCK: tl.constexp
     tl.store(db + (i - n_G - n_D), total, mask=(i >= n_G + n_D) & (i < n))
 
 
-def reduce_tokens(
-    gy: Tensor | None,  # [M, d_out]
-    h: Tensor | None,  # [M, R]
-    x: Tensor | None,  # [M, d_in]
-    dh: Tensor | None,  # [M, R]
-    splits: int | None = None,
-    *,
-    need_db: bool = False,
-    producer: str = "none",
-    gamma: Tensor | None = None,  # [d_in]
-    beta: Tensor | None = None,  # [d_in]
-    mean: Tensor | None = None,  # [M]
-    rstd: Tensor | None = None,  # [M]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (dG [R, d_out], dD [d_in, R], db [d_out]) in fp32.
+@triton.jit
+def finish_kernel(partial, dG, dD, db, n_G, n_D, n_b, splits, BLOCK: tl.constexpr):
+    """Sum ``partial`` [splits, n_G + n_D + n_b] over the splits into dG, dD and db of n_G, n_D and n_b elements."""
+    _finish_layer(partial, dG, dD, db, n_G, n_D, n_b, splits, tl.program_id(0), BLOCK)
 
-    The caller must pass at least one of the pairs (gy, h) and (x, dh). dG is None if h is None, and dD is None if dh is
-    None. db is None without ``need_db``; with ``need_db`` the caller must pass gy and h.
 
-    With a ``producer`` (see :mod:`efft_kernels.triton.producers`), ``x`` is the input of the producer.
-    ``splits``, the number of ranges of tokens, overrides the automatic choice.
+@triton.jit
+def finish_two_kernel(first, second, blocks, splits, BLOCK: tl.constexpr):
+    """Do for two layers what finish_kernel does for one. ``first`` and ``second`` are its arguments up to n_b.
+
+    ``blocks`` is the number of programs for the first layer.
     """
-    # project and lowrank_gemm return contiguous tensors, which are not copied here.
-    h, dh = (None if t is None else t.contiguous() for t in (h, dh))
-    gamma, beta = (None if t is None else t.contiguous() for t in (gamma, beta))
-    given = h if h is not None else dh
-    assert given is not None
-    M, R = given.shape
-    d_out = 0 if h is None or gy is None else gy.shape[1]
-    d_in = 0 if dh is None or x is None else x.shape[1]
-    block_n, warps = columns_and_warps(producer)
-    columns_out, columns_in = ceil_div(d_out, block_n), ceil_div(d_in, block_n)
-    ranks = ceil_div(R, rank_block(R))
+    block = tl.program_id(0)
+    if block < blocks:
+        _finish_layer(*first, splits, block, BLOCK)
+    else:
+        _finish_layer(*second, splits, block - blocks, BLOCK)
+
+
+class Layer(NamedTuple):
+    """Hold the tensors from which the sums of one layer are computed, and what is needed.
+
+    dG needs ``gy`` and ``h``, dD needs ``x`` and ``dh``, and db needs ``gy``. dG is not computed if ``h`` is None, and
+    dD is not computed if ``dh`` is None. With a ``producer`` (see :mod:`efft_kernels.triton.producers`), ``x`` is the
+    input of the producer.
+    """
+
+    gy: Tensor | None  # [M, d_out]
+    h: Tensor | None  # [M, R]
+    x: Tensor | None  # [M, d_in]
+    dh: Tensor | None  # [M, R]
+    need_db: bool = False
+    producer: str = "none"
+    gamma: Tensor | None = None  # [d_in]
+    beta: Tensor | None = None  # [d_in]
+    mean: Tensor | None = None  # [M]
+    rstd: Tensor | None = None  # [M]
+
+
+#: dG [R, d_out], dD [d_in, R] and db [d_out] in fp32. A gradient that is not needed has the shape [0].
+Sums = tuple[Tensor, Tensor, Tensor]
+
+
+def reduce_tokens(*layers: Layer, splits: int | None = None) -> list[Sums]:
+    """Return the sums of one or two layers. The sums of two layers are computed in the same launches.
+
+    Both layers must have the same number of tokens. ``splits``, the number of ranges of tokens, overrides the automatic
+    choice.
+    """
+    sums = [_empty_sums(layer) for layer in layers]
+    pairs = [pair for pair in zip(layers, sums, strict=True) if pair[0].h is not None or pair[0].dh is not None]
+    if pairs:
+        _launch([layer for layer, _ in pairs], [of for _, of in pairs], splits)
+    for layer, (_, _, db) in zip(layers, sums, strict=True):
+        if layer.need_db and layer.h is None:  # the kernels sum gy only where they compute dG
+            assert layer.gy is not None
+            torch.sum(layer.gy, 0, dtype=torch.float32, out=db)
+    return sums
+
+
+def _empty_sums(layer: Layer) -> Sums:
+    gy, h, x, dh = layer[:4]
+    like = x if gy is None else gy
+    assert like is not None
+    shapes = (
+        (0,) if h is None or gy is None else (h.shape[1], gy.shape[1]),
+        (0,) if dh is None or x is None else (x.shape[1], dh.shape[1]),
+        (gy.shape[1] if layer.need_db and gy is not None else 0,),
+    )
+    dG, dD, db = [torch.empty(shape, dtype=torch.float32, device=like.device) for shape in shapes]
+    return dG, dD, db
+
+
+def _launch(layers: Sequence[Layer], sums: Sequence[Sums], splits: int | None) -> None:
+    """Compute dG and dD of one or two layers, and db of those that need dG, into ``sums``."""
+    like = _given(layers[0])
+    M, R = like.shape[0], max([_given(layer).shape[1] for layer in layers])
+    block_n, warps = min([columns_and_warps(layer.producer) for layer in layers])
+    block_r = rank_block(R)
+    columns = [[ceil_div(d, block_n) for d in _sizes(*each)] for each in zip(layers, sums, strict=True)]
+    total, ranks = sum([of_gy + of_x for of_gy, of_x in columns]), ceil_div(R, block_r)
+    if total == 0:
+        return
     if splits is None:
-        splits = PROGRAMS_A_PROCESSOR * device(given.device).processors // max((columns_out + columns_in) * ranks, 1)
+        splits = PROGRAMS_A_PROCESSOR * device(like.device).processors // max(total * ranks, 1)
         splits = max(1, min(splits, ceil_div(M, 4 * BLOCK_M)))
     tokens = ceil_div(ceil_div(M, splits), BLOCK_M) * BLOCK_M
-    n_b = d_out if need_db else 0
-    in_fp32: Any = {"dtype": torch.float32, "device": given.device}
-    partial = torch.empty(splits, R * (d_out + d_in) + n_b, **in_fp32)
-    dG, dD, db = (torch.empty(sizes, **in_fp32) for sizes in ((R, d_out), (d_in, R), (n_b,)))
-    if partial.numel():
-        gy_, h_, x_, dh_ = (given if t is None else t for t in (gy, h, x, dh))  # no kernel reads these substitutes
-        with on_device(given):
-            reduce_tokens_kernel[(columns_out + columns_in, splits, ranks)](
-                *(gy_, h_, x_, gamma, beta, mean, rstd, dh_, partial, M, d_out, d_in, R),
-                *(*gy_.stride(), *x_.stride(), tokens, columns_out),
-                NEED_DB=need_db,
-                PRODUCER=producer,
-                PRECISION=precision(given),
-                BLOCK_M=BLOCK_M,
-                BLOCK_N=block_n,
-                BLOCK_R=rank_block(R),
-                num_warps=warps,
-                num_stages=STAGES,
+    results = [_results(layer, of, splits) for layer, of in zip(layers, sums, strict=True)]
+    operands = [
+        (*_operands(layer, of, partial), of_gy)
+        for layer, of, (partial, *_), (of_gy, _) in zip(layers, sums, results, columns, strict=True)
+    ]
+    blocks = [ceil_div(partial.shape[1], FINISH_BLOCK) for partial, *_ in results]
+    adds = [layer.need_db and layer.h is not None for layer in layers]
+    grid, producers = (total, splits, ranks), [layer.producer for layer in layers]
+    options: Any = {
+        **{"PRECISION": precision(like), "BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_R": block_r},
+        **{"num_warps": warps, "num_stages": STAGES},
+    }
+    finish: Any = {"BLOCK": FINISH_BLOCK, "num_warps": FINISH_WARPS}
+    with on_device(like):
+        if len(layers) == 1:
+            reduce_tokens_kernel[grid](*operands[0], tokens, NEED_DB=adds[0], PRODUCER=producers[0], **options)
+            finish_kernel[(blocks[0],)](*results[0], splits, **finish)
+        else:
+            reduce_two_kernel[grid](
+                *(*operands, sum(columns[0]), tokens),
+                FIRST_NEEDS_DB=adds[0],
+                FIRST_PRODUCER=producers[0],
+                SECOND_NEEDS_DB=adds[1],
+                SECOND_PRODUCER=producers[1],
+                **options,
             )
-            finish_kernel[(ceil_div(partial.shape[1], FINISH_BLOCK),)](
-                *(partial, dG, dD, db, dG.numel(), dD.numel(), n_b, splits),
-                BLOCK=FINISH_BLOCK,
-                num_warps=FINISH_WARPS,
-            )
-    return (dG if h is not None else None), (dD if dh is not None else None), (db if need_db else None)
+            finish_two_kernel[(sum(blocks),)](*results, blocks[0], splits, **finish)
+
+
+def _given(layer: Layer) -> Tensor:
+    """Return h or dh, whichever the layer has."""
+    given = layer.dh if layer.h is None else layer.h
+    assert given is not None
+    return given
+
+
+def _sizes(layer: Layer, sums: Sums) -> tuple[int, int]:
+    """Return d_out and d_in, or 0 for a product that is not needed."""
+    dG, dD, _ = sums
+    return 0 if layer.h is None else dG.shape[1], 0 if layer.dh is None else dD.shape[0]
+
+
+def _results(layer: Layer, sums: Sums, splits: int) -> tuple[Any, ...]:
+    """Return the arguments of ``finish_kernel`` up to n_b."""
+    dG, dD, db = sums
+    n_G, n_D, n_b = dG.numel(), dD.numel(), 0 if layer.h is None else db.numel()
+    partial = torch.empty(splits, n_G + n_D + n_b, dtype=torch.float32, device=dG.device)
+    return partial, dG, dD, db, n_G, n_D, n_b
+
+
+def _operands(layer: Layer, sums: Sums, partial: Tensor) -> tuple[Any, ...]:
+    """Return the arguments of ``_reduce_layer`` from gy to stride_xn."""
+    like = _given(layer)
+    gy, h, x, dh = [like if t is None else t for t in layer[:4]]  # no kernel reads these substitutes
+    # project and lowrank_gemm return contiguous tensors, which are not copied here.
+    h, dh = h.contiguous(), dh.contiguous()
+    gamma, beta = [None if t is None else t.contiguous() for t in (layer.gamma, layer.beta)]
+    M, R = like.shape
+    return (
+        *(gy, h, x, gamma, beta, layer.mean, layer.rstd, dh, partial, M, *_sizes(layer, sums), R),
+        *(*gy.stride(), *x.stride()),
+    )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from efft_kernels import eager
+from efft_kernels._arguments import transposed
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm
 
 
@@ -26,7 +27,7 @@ def tt_linear_grouped_fwd(
     G: Tensor,  # [n_adapters, r1, d_out]
     adapter: Tensor,  # [samples], negative for no adapter
 ) -> tuple[Tensor, Tensor]:  # y [samples, tokens, d_out], h [samples, tokens, r1]
-    return lowrank_gemm(x, W.t(), b, D, G, adapter=adapter.contiguous())
+    return lowrank_gemm(x, transposed(W), b, D, G, adapter=adapter.contiguous())
 
 
 def tt_linear_grouped_bwd(gy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from efft_kernels._arguments import transposed
 from efft_kernels.eager import layer_norm_bwd
 from efft_kernels.triton.lowrank_gemm import lowrank_gemm, norm_project, project
+from efft_kernels.triton.reduce_tokens import Layer
 from efft_kernels.triton.tt_linear import sums_over_tokens
 
 
@@ -27,7 +29,7 @@ def tt_norm_linear_fwd(
     G: Tensor,  # [r1, d_out]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # y [tokens, d_out], h [tokens, r1], mean and rstd [tokens]
     n, h, mean, rstd = norm_project(x, gamma, beta, eps, D, W.dtype)
-    return *lowrank_gemm(n, W.t(), b, D, G, h), mean, rstd
+    return *lowrank_gemm(n, transposed(W), b, D, G, h), mean, rstd
 
 
 def tt_norm_linear_bwd(
@@ -49,14 +51,39 @@ def tt_norm_linear_bwd(
     need_dgamma: bool,
     need_dbeta: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dn, dh, needs = x, None, (need_dx, need_dgamma, need_dbeta)
-    if any(needs):
-        assert W is not None
-        dn, dh = lowrank_gemm(gy, W, None, G.t(), D.t())
-    elif need_dD:
-        dh = project(gy, G.t())
-    norm = {"producer": "norm", "gamma": gamma, "beta": beta, "mean": mean, "rstd": rstd}
-    of_h, of_dh = h if need_dG else None, dh if need_dD else None
-    dD, dG, db = sums_over_tokens(gy, x, of_h, of_dh, D, G, need_db, **norm)
+    needs = need_dx, need_dgamma, need_dbeta
+    dn, layer = multiply_backward(gy, x, gamma, beta, mean, rstd, W, h, D, G, any(needs), need_dD, need_dG, need_db)
+    dD, dG, db = sums_over_tokens((layer, D, G))[0]
     dx, dgamma, dbeta = layer_norm_bwd(dn, x, gamma, beta, mean, rstd, *needs)
     return dx, dD, dG, db, dgamma, dbeta
+
+
+def multiply_backward(
+    gy: Tensor,  # [tokens, d_out]
+    x: Tensor,  # [tokens, d_in]
+    gamma: Tensor | None,  # [d_in]
+    beta: Tensor | None,  # [d_in]
+    mean: Tensor,  # [tokens]
+    rstd: Tensor,  # [tokens]
+    W: Tensor | None,  # [d_out, d_in]
+    h: Tensor | None,  # [tokens, r1]
+    D: Tensor,  # [d_in, r1]
+    G: Tensor,  # [r1, d_out]
+    need_dn: bool,
+    need_dD: bool,
+    need_dG: bool,
+    need_db: bool,
+) -> tuple[Tensor, Layer]:
+    """Return dn, the gradient of the norm's output, and the operands of the sums over tokens.
+
+    If dn is not needed, it has 0 elements.
+    """
+    dn, dh = None, None
+    if need_dn:
+        assert W is not None
+        dn, dh = lowrank_gemm(gy, W, None, transposed(G), transposed(D))
+    elif need_dD:
+        dh = project(gy, transposed(G))
+    return x.new_empty(0) if dn is None else dn, Layer(
+        gy, h if need_dG else None, x, dh if need_dD else None, need_db, "norm", gamma, beta, mean, rstd
+    )

@@ -43,7 +43,8 @@ def checked() -> Iterator[list[str]]:
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         names.append(self.fn.__name__)
-        bases = (getattr(a, "base", a) for a in (*args, *kwargs.values()))  # the tensor behind a tensor descriptor
+        flat = (part for a in (*args, *kwargs.values()) for part in (a if isinstance(a, tuple) else (a,)))
+        bases = (getattr(a, "base", a) for a in flat)  # the tensor behind a tensor descriptor
         tensors = [a for a in bases if isinstance(a, Tensor)]
         launch.update(name=names[-1], allowed=_intervals(tensors), written={})
         return call(self, *args, **kwargs)

@@ -54,7 +54,7 @@ PARKED = 8
 #: The uses of a product whose epilogue applies the slope of a GELU, and the kind of GELU.
 SLOPES = {"backward gelu": "gelu", "backward gelu_tanh": "gelu_tanh"}
 #: The integer arguments that are not multiples of 16 in real layers.
-_UNALIGNED = ("columns_out", "samples", "splits")
+_UNALIGNED = ("columns_out", "columns", "blocks", "samples", "splits")
 _TENSOR_CORE = {"80": "HMMA", "89": "HMMA", "90": "HGMMA", "100": "UTC*MMA", "gfx942": "MFMA"}
 _CLASSES = {
     "HMMA": r"HMMA",
@@ -74,18 +74,21 @@ class Form:
     Attributes:
         name: name in the report.
         kernel: the jitted function.
-        types: Triton types of its arguments, without constants.
-        constants: compile-time arguments, and arguments that Triton specializes (strides of 1, absent tensors).
+        types: Triton types of its arguments, without constants. For an argument that is a tuple, the value contains the
+            type of each element by name.
+        constants: compile-time arguments, and arguments that Triton specializes (strides of 1, absent tensors). The
+            value of a tuple contains its constant elements by name.
         warps, stages: launch options.
         estimate: shared memory in bytes that the choice of a tile assumes, or None if there is no choice.
         tensor_cores: whether its products must use tensor cores.
         capability: lowest compute capability on which the form is chosen.
         wide_loads: whether load instructions of 16 bytes are required. If False, the form must use TMA instead.
+        elements: the names of the elements of all tuples, in order.
     """
 
     name: str
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, Any]
     constants: dict[str, Any]
     warps: int
     stages: int
@@ -93,6 +96,7 @@ class Form:
     tensor_cores: bool = False
     capability: int = 8
     wide_loads: bool = True
+    elements: tuple[str, ...] = ()
 
 
 @dataclass
@@ -204,17 +208,13 @@ def _other_forms() -> Iterable[Form]:
                 {**constants, "NEED_DB": True, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
                 (warps, reduce_tokens.STAGES),
             )
-    yield Form(
-        "finish",
-        reduce_tokens.finish_kernel,
-        {
-            **dict.fromkeys(("partial", "dG", "dD", "db"), "*fp32"),
-            **dict.fromkeys(("n_G", "n_D", "n_b", "splits"), "i32"),
-        },
-        {"BLOCK": reduce_tokens.FINISH_BLOCK},
-        reduce_tokens.FINISH_WARPS,
-        3,
-    )
+        yield from _forms_of_two_layers(rank)
+    pointers, numbers = ("partial", "dG", "dD", "db"), ("n_G", "n_D", "n_b")
+    sums = {**dict.fromkeys(pointers, "*fp32"), **dict.fromkeys(numbers, "i32")}
+    options = {"BLOCK": reduce_tokens.FINISH_BLOCK}, reduce_tokens.FINISH_WARPS, 3
+    yield Form("finish", reduce_tokens.finish_kernel, {**sums, "splits": "i32"}, *options)
+    types = {"first": sums, "second": sums, "blocks": "i32", "splits": "i32"}
+    yield Form("finish two", reduce_tokens.finish_two_kernel, types, *options, elements=(*pointers, *numbers))
     blocks = {"BLOCK_R": tt_contract.BLOCK_R, "BLOCK_N": tt_contract.BLOCK_N}
     for kernel in (tt_contract.contract_kernel, tt_contract.contract_backward_kernel):
         for masks in (False, True):
@@ -248,6 +248,38 @@ def _other_forms() -> Iterable[Form]:
         tt_merge.WARPS,
         3,
     )
+
+
+def _forms_of_two_layers(rank: int) -> Iterable[Form]:
+    """Yield the sums of the layers of an MLP: the first has a norm or no producer, the second has a GELU."""
+    elements = tuple(reduce_tokens._reduce_layer.arg_names)
+    elements = elements[: elements.index("column")]
+    tensors = {**dict.fromkeys(("gy", "h", "x", "dh"), "*bf16"), "partial": "*fp32"}
+    affine = dict.fromkeys(("gamma", "beta", "mean", "rstd"), "*fp32")
+    ones = {"stride_gn": 1, "stride_xn": 1}
+    for first in ("none", "norm"):
+        for second in ("gelu", "gelu_tanh"):
+            producers = {"first": first, "second": second}
+            constants = {
+                **{at: {**ones, **({} if of == "norm" else dict.fromkeys(affine))} for at, of in producers.items()},
+                **{f"{at.upper()}_PRODUCER": of for at, of in producers.items()},
+                **{f"{at.upper()}_NEEDS_DB": True for at in producers},
+                **{"PRECISION": "ieee", "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_R": rank},
+            }
+            constants["BLOCK_N"], warps = reduce_tokens.columns_and_warps(second)
+            types: dict[str, Any] = {
+                at: {n: {**tensors, **affine}.get(n, "i32") for n in elements if n not in constants[at]}
+                for at in producers
+            }
+            yield Form(
+                f"reduce_two bf16 r{rank} {first} {second}",
+                reduce_tokens.reduce_two_kernel,
+                {**types, "columns": "i32", "TOKENS": "i32"},
+                constants,
+                *(warps, reduce_tokens.STAGES),
+                tensor_cores=True,
+                elements=elements,
+            )
 
 
 def _plain_form(
@@ -289,14 +321,24 @@ def _capability(target: str) -> int:
 
 
 def _compile(form: Form, target: str) -> Any:
-    amd = target.startswith("gfx")
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: list[tuple[int, ...]] = []
+    for i, name in enumerate(form.kernel.arg_names):
+        if isinstance(form.types.get(name), dict):  # a tuple
+            paths: dict[str, tuple[int, ...]] = {element: (i, j) for j, element in enumerate(form.elements)}
+            types, values = form.types[name], form.constants.get(name, {})
+            signature[name] = tuple(types.get(element, "constexpr") for element in paths)
+        else:
+            paths, types, values = {name: (i,)}, form.types, form.constants
+            signature[name] = types.get(name, "constexpr")
+        constants |= {path: values[n] for n, path in paths.items() if n not in types}
+        kinds = {n: types[n] for n in paths if n in types}
+        aligned += [paths[n] for n, kind in kinds.items() if kind[0] == "*" or (kind == "i32" and n not in _UNALIGNED)]
     # Sizes, strides and addresses in real layers are multiples of 16, which wide loads need.
-    names = form.kernel.arg_names
-    aligned = [n for n, kind in form.types.items() if (kind.startswith("*") or kind == "i32") and n not in _UNALIGNED]
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    signature = {n: form.types.get(n, "constexpr") for n in names}
-    source = ASTSource(fn=form.kernel, signature=signature, constexprs=form.constants, attrs=attributes)
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target), 32)
+    attributes = {path: [["tt.divisibility", 16]] for path in aligned}
+    source = ASTSource(fn=form.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target), 32)
     return triton.compile(source, target=gpu, options={"num_warps": form.warps, "num_stages": form.stages})
 
 

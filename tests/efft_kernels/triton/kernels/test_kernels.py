@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,9 +19,10 @@ import triton
 from torch import Tensor
 
 from efft_kernels.testing import assert_close_budget, chained_matmul, poisoned_empty, with_layout
-from efft_kernels.triton import launch, reduce_tokens
+from efft_kernels.triton import launch
 from efft_kernels.triton.launch import FP32_TILES, HALF_TILES, TF32_TILES, TMA_TILES, GemmTile
 from efft_kernels.triton.lowrank_gemm import gelu_project, lowrank_gemm, norm_project, project
+from efft_kernels.triton.reduce_tokens import Layer, Sums, reduce_tokens
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.efft_kernels.triton.address_checker import checked
@@ -68,6 +70,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def summed(left: Tensor, right: Tensor) -> Tensor:
     """Return leftᵀ right in fp32. On a GPU it adds in one chain, because tensor cores are less accurate than fp32."""
     return chained_matmul(left.t(), right) if left.is_cuda else left.float().t() @ right.float()
+
+
+def sums_of(*operands: Tensor | None, splits: int | None = None, **settings: Any) -> Sums:
+    """Return the sums over tokens of one layer."""
+    (sums,) = reduce_tokens(Layer(*operands, **settings), splits=splits)
+    return sums
 
 
 def needs(tile: GemmTile, dtype: torch.dtype, *, tma: bool = False) -> None:
@@ -209,27 +217,27 @@ def test_sums_over_tokens(dtype: torch.dtype, splits: int | None) -> None:
         gy, x = matrix(M, d_out, dtype, 0), matrix(M, d_in, dtype, 1)
         h, dh = matrix(M, R, dtype, 2), matrix(M, R, dtype, 3)
         with checked() as names, poisoned_empty():
-            dG, dD, db = reduce_tokens.reduce_tokens(gy, h, x, dh, splits, need_db=True)
+            dG, dD, db = sums_of(gy, h, x, dh, splits=splits, need_db=True)
         assert names == ["reduce_tokens_kernel", "finish_kernel"], "all sums in the same launches"
         ones = torch.ones(M, 1, dtype=dtype)
         for got, left, right in ((dG, h, gy), (dD, x, dh), (db[None], ones, gy)):
             assert got.dtype == torch.float32
             exact = left.double().t() @ right.double()
             assert_close_budget(got, exact, summed(left, right), factor=4, name=f"{(M, R, splits)}")
-        again = reduce_tokens.reduce_tokens(gy, h, x, dh, splits)
+        again = sums_of(gy, h, x, dh, splits=splits)
         assert torch.equal(again[0], dG)
         assert torch.equal(again[1], dD)
-        assert again[2] is None
-        assert torch.equal(reduce_tokens.reduce_tokens(None, None, x, dh, splits)[1], dD)
-        assert torch.equal(reduce_tokens.reduce_tokens(gy, h, None, None, splits)[0], dG)
+        assert again[2].shape == (0,)
+        assert torch.equal(sums_of(None, None, x, dh, splits=splits)[1], dD)
+        assert torch.equal(sums_of(gy, h, None, None, splits=splits)[0], dG)
 
 
 def test_sums_over_tokens_of_any_strides() -> None:
     tensors = [matrix(70, n, torch.float32, seed) for seed, n in enumerate((33, 9, 20, 9))]
-    expected = reduce_tokens.reduce_tokens(*tensors)
+    expected = sums_of(*tensors)
     for layout in ("transposed", "sliced"):
         with checked():
-            got = reduce_tokens.reduce_tokens(*(with_layout(t, layout) for t in tensors))
+            got = sums_of(*(with_layout(t, layout) for t in tensors))
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
 
@@ -267,9 +275,44 @@ def test_tf32_only_by_choice() -> None:
 
 
 def put_out(values: Tensor, producer: str, gamma: Tensor | None = None, beta: Tensor | None = None) -> Tensor:
+    if producer == "none":
+        return values
     if producer == "norm":
         return F.layer_norm(values, values.shape[-1:], gamma, beta, 1e-3)
     return F.gelu(values, approximate="tanh" if producer == "gelu_tanh" else "none")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("producer", ["none", "norm"])
+@pytest.mark.parametrize("absent", [None, (0, "h"), (0, "dh"), (1, "h"), (1, "dh")], ids=str)
+def test_sums_of_two_layers(dtype: torch.dtype, producer: str, absent: tuple[int, str] | None) -> None:
+    """The sums of two layers with different sizes, ranks and producers share two launches."""
+    M, producers = 300, (producer, "gelu")
+    layers: list[dict[str, Any]] = []
+    for i, (d_out, d_in, R) in enumerate(((130, 33, 9), (20, 257, 70))):
+        columns = {"gy": d_out, "h": R, "x": d_in, "dh": R}
+        layers.append({name: matrix(M, n, dtype, 4 * i + j) for j, (name, n) in enumerate(columns.items())})
+    if absent:
+        layers[absent[0]][absent[1]] = None
+    x = layers[0]["x"]
+    gamma, beta = (matrix(1, 33, dtype, seed)[0] for seed in (8, 9))
+    variance, mean = torch.var_mean(x.float(), 1, correction=0)
+    norm = {"gamma": gamma, "beta": beta, "mean": mean, "rstd": (variance + 1e-3).rsqrt()}
+    first = Layer(**layers[0], need_db=True, producer=producer, **(norm if producer == "norm" else {}))
+    with checked() as names, poisoned_empty():
+        found = reduce_tokens(first, Layer(**layers[1], producer="gelu"))
+    assert names == ["reduce_two_kernel", "finish_two_kernel"]
+    for i, (layer, (dG, dD, db)) in enumerate(zip(layers, found, strict=True)):
+        exact = put_out(layer["x"].double(), producers[i], gamma.double(), beta.double())
+        peer = put_out(layer["x"], producers[i], gamma, beta)
+        ones, gy, h, dh = torch.ones(M, 1, dtype=dtype), layer["gy"], layer["h"], layer["dh"]
+        needed = {"dG": (dG, h, h, gy), "dD": (dD, exact, peer, dh), "db": (db, ones, ones, gy if i == 0 else None)}
+        for name, (got, of_formula, left, right) in needed.items():
+            if left is None or right is None:
+                assert got.shape == (0,)
+                continue
+            formula = of_formula.double().t() @ right.double()
+            assert_close_budget(got.view_as(formula), formula, summed(left, right), factor=4, name=f"{i} {name}")
 
 
 @pytest.mark.parametrize("producer", ["gelu", "gelu_tanh", "norm"])
@@ -288,7 +331,7 @@ def test_producers(producer: str, dtype: torch.dtype, affine: bool) -> None:
             else:
                 A, H = gelu_project(values, P, producer, dtype)
                 saved = {}
-            _, dD, _ = reduce_tokens.reduce_tokens(None, None, values, dh, producer=producer, **saved)
+            _, dD, _ = sums_of(None, None, values, dh, producer=producer, **saved)
         assert names == ["project_kernel", "reduce_tokens_kernel", "finish_kernel"]
         wide = [t if t is None else t.double() for t in (gamma, beta)]
         exact = put_out(values.double(), producer, *wide)
@@ -384,9 +427,9 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
     h = expected[1]
-    sums = reduce_tokens.reduce_tokens(A, h, A, h, need_db=True)
+    sums = sums_of(A, h, A, h, need_db=True)
     with checked():
-        far_sums = reduce_tokens.reduce_tokens(far, h, far, h, need_db=True)
+        far_sums = sums_of(far, h, far, h, need_db=True)
     assert all(torch.equal(a, b) for a, b in zip(far_sums, sums, strict=True))
     z = lowrank_gemm(A, weight[:20].t(), None, P, T, Z=A[:, :20], producer="gelu")[0]
     assert torch.equal(lowrank_gemm(A, weight[:20].t(), None, P, T, Z=far[:, :20], producer="gelu")[0], z)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft_kernels import EfftLinear, use_backend
+from efft_kernels import EfftLinear, tt_mlp, use_backend
+from efft_kernels.testing import make_inputs
+from efft_kernels.triton import tt_mlp as triton_mlp
 from tests.efft_kernels.triton.address_checker import checked
 
 
@@ -39,6 +41,35 @@ def test_a_layer(dtype: torch.dtype) -> None:
     backward = ["project_kernel", "reduce_tokens_kernel", "finish_kernel", "contract_backward_kernel"]
     assert names == ["contract_kernel", "project_kernel", "lowrank_gemm_kernel", *backward]
     assert_same(got, step(layer, x, "reference"), 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("norm", ["norm", "no norm"])
+@pytest.mark.parametrize(
+    "frozen", [(), ("x",), ("D1", "G1"), ("D2", "G2"), ("x", "gamma", "beta", "b1", "D1", "G1")], ids=str
+)
+def test_an_mlp_of_the_second_generation(monkeypatch: pytest.MonkeyPatch, norm: str, frozen: tuple[str, ...]) -> None:
+    """Two launches compute the sums over tokens of both layers, whichever gradients are needed."""
+    monkeypatch.setattr(triton_mlp, "KERNELS", 2)
+    inputs = make_inputs("tt_mlp", tokens=70, d_in=24, d_hidden=40, d_out=20, r1=5)
+    if norm == "no norm":
+        inputs |= {"gamma": None, "beta": None, "eps": None}
+    leaves = {name: t for name, t in inputs.items() if isinstance(t, Tensor) and name not in ("W1", "W2", *frozen)}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+
+    def gradients(backend: str) -> dict[str, Tensor]:
+        y = tt_mlp(**inputs, backend=backend)
+        found = torch.autograd.grad(y.square().sum(), list(leaves.values()))
+        return dict(zip(leaves, found, strict=True))
+
+    with checked() as names:
+        got = gradients("triton")
+    assert_same(got, gradients("reference"), 1e-4)
+    sums = [name for name in names if name.startswith(("reduce", "finish"))]
+    together = not {"D1", "D2"} & set(frozen)
+    assert sums == (
+        ["reduce_two_kernel", "finish_two_kernel"] if together else ["reduce_tokens_kernel", "finish_kernel"]
+    )
 
 
 @pytest.mark.parametrize("config", [{"variant": "efft1"}, {"dropout": 0.2}, {"core_sharing": "shared"}], ids=str)
