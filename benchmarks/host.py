@@ -7,7 +7,8 @@ one, the GPU waits for the host. This command measures the work of the host, not
 small linear layers, whose products take almost no time. A row is one way to adapt the chain. The row ``linear`` is the
 frozen chain. In the rows whose names begin with ``mlp``, each layer of the chain is an MLP. It consists of a layer
 norm, a linear layer, a GELU and another linear layer. The row ``mlp`` is frozen. The rows whose names begin with
-``mlp-fused`` run after ``efft.fuse``. Each row runs in four modes:
+``mlp-fused`` run after ``efft.fuse``. Each row runs in these modes, but after ``efft.fuse`` not in inference mode, in
+which it has no effect:
 
 - ``forward``: a forward pass in training mode, which records an autograd graph.
 - ``forward_backward``: the same pass, followed by its backward pass.
@@ -118,6 +119,7 @@ class HostRow:
         device: the device of all tensors.
         around: function that returns the context in which the row must run.
         chain: function that returns a chain of the given depth.
+        modes: the modes in which the row runs.
     """
 
     adapt: Callable[[nn.Module], nn.Module]
@@ -125,6 +127,7 @@ class HostRow:
     device: str = "cpu"
     around: Callable[[], AbstractContextManager[object]] = nullcontext
     chain: Callable[[int], nn.Module] = Chain
+    modes: Sequence[str] = MODES
 
     def reason(self) -> str | None:
         """Return None if the row can run on this machine, else the reason why it cannot."""
@@ -189,9 +192,12 @@ ROWS: dict[str, HostRow] = {
     "peft": HostRow(_lora),
     "mlp": HostRow(_frozen, chain=MlpChain),
     "mlp:cpu": HostRow(_adapted_mlp, Backend.CPU, chain=MlpChain),
-    "mlp-fused:cpu": HostRow(_fused_mlp, Backend.CPU, chain=MlpChain),
-    "mlp:cuda": HostRow(_adapted_mlp, Backend.CUDA, device="meta", around=_with_schemas_of_cuda, chain=MlpChain),
-    "mlp-fused:cuda": HostRow(_fused_mlp, Backend.CUDA, device="meta", around=_with_schemas_of_cuda, chain=MlpChain),
+    # In inference mode, efft.fuse has no effect.
+    "mlp-fused:cpu": HostRow(_fused_mlp, Backend.CPU, chain=MlpChain, modes=MODES[:3]),
+    "mlp-fused:cuda": HostRow(
+        *(_fused_mlp, Backend.CUDA, "meta", _with_schemas_of_cuda, MlpChain),
+        modes=MODES[:3],
+    ),
 }
 
 
@@ -285,7 +291,7 @@ def measure(rows: Sequence[str], dtype: str, repeats: int) -> list[dict[str, Any
         (name, mode, depth): pass_of(ROWS[name], mode, dtype, depth)
         for name in rows
         if ROWS[name].reason() is None
-        for mode in MODES
+        for mode in ROWS[name].modes
         for depth in DEPTHS
     }
     real = {key: run for key, run in runs.items() if ROWS[key[0]].device != "meta"}
@@ -299,7 +305,7 @@ def measure(rows: Sequence[str], dtype: str, repeats: int) -> list[dict[str, Any
         if row.reason() is not None:
             lines.append({**common, "reason": row.reason()})
             continue
-        for mode in MODES:
+        for mode in row.modes:
             line: dict[str, Any] = {**common, "mode": mode}
             for field, found, unit in (
                 ("dispatcher_calls", calls, 1),

@@ -54,7 +54,7 @@ TITLES = {
     "naive": "EFFT2 as `W + dW`",
     "paper": "EFFT2 as the paper's code does it",
     "mlp": "frozen MLP with its layer norm",
-    **{f"mlp:{backend}": f"MLP, EFFT2, backend {backend}" for backend in ("cpu", "cuda")},
+    "mlp:cpu": "MLP, EFFT2, backend cpu",
     **{f"mlp-fused:{backend}": f"MLP, EFFT2, backend {backend}, after `efft.fuse`" for backend in ("cpu", "cuda")},
     "bitfit": "BitFit",
     "full": "full fine-tuning",

@@ -34,7 +34,12 @@ def is_transformed() -> bool:
 
 def is_intercepted() -> bool:
     """Return whether code is being transformed, or a mode such as fake tensors or make_fx receives its operators."""
-    return is_transformed() or torch._C._len_torch_dispatch_stack() > 0
+    return (  # The first three conditions are those of is_transformed, written out because every op calls this one.
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def signature(

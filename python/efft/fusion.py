@@ -18,8 +18,12 @@ def fuse(model: nn.Module) -> list[str]:
     The backward pass computes the outputs of these modules again, so they are not stored. This saves about a quarter to
     a third of the memory that a transformer block needs for the backward pass, and each output is computed once more.
     If a module does nothing but call two adapted layers with a GELU between them, one op computes all of them. Results
-    are equal up to rounding. Parameters, names and saved files do not change. Code that ``torch.compile`` compiles is
-    not affected. :func:`unfuse` and ``efft.remove`` undo the fusion.
+    are equal up to rounding. Parameters, names and saved files do not change. :func:`unfuse` and ``efft.remove`` undo
+    the fusion.
+
+    Code that ``torch.compile`` compiles is not affected. Under ``torch.inference_mode()``, LayerNorms and GELUs run
+    separately, as before, because torch does not count the changes of the tensors that they would read later. Use
+    ``torch.no_grad()`` to evaluate a fused model.
 
     Returns:
         The names of all LayerNorms and GELUs in the modules around adapted layers. Only a forward pass shows which of
