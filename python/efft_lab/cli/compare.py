@@ -24,6 +24,7 @@ def compare(
     methods: list[str] | None = None,
     seeds: list[int] | None = None,
     jobs: int = 1,
+    together: int = 1,
     out: Path | None = None,
 ) -> None:
     """Compare methods on tasks with several seeds. After an interruption, the same command executes the remaining runs.
@@ -49,7 +50,11 @@ def compare(
         batch_size: number of images per update, instead of the suite's value.
         methods: names of methods in the suite. Only their runs are executed now. A report still covers all methods.
         seeds: seeds of the suite. Only the final runs with these seeds, and all search runs, are executed now.
-        jobs: number of simultaneous runs; each gets an equal share of the processors.
+        jobs: number of simultaneous jobs; each gets an equal share of the processors. A job is one run, or several runs
+            that are trained together.
+        together: train up to this many runs in one pass through their common backbone. These runs must have the same
+            method and task and may differ only in seeds and learning rates. Only methods of efft.methods can do this,
+            and not with stochastic depth. It saves time on a GPU that a single run does not fill.
         out: result file; by default, compare_NAME.jsonl in benchmarks/results (in a source checkout) or in the current
             folder (otherwise).
     """
@@ -77,5 +82,5 @@ def compare(
         return
     from efft_lab.compare.runner import compare as run
 
-    count = run(agenda, results, jobs, data)
+    count = run(agenda, results, jobs, data, together)
     print(f"{count} runs done, results in {results}; the same command with --report summarizes them")

@@ -1,7 +1,7 @@
 """Execute the runs of an agenda that have no result yet. Several runs are executed at the same time.
 
-A worker is a separate process that executes one run after the other. The result of a run is written to the result file
-immediately.
+A worker is a separate process that executes one job after the other. A job is one run, or several runs of one method
+that are trained together. The results of a job are written to the result file immediately.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
@@ -23,7 +24,10 @@ import efft_kernels
 import efft_lab
 from efft_lab.compare.agenda import Agenda, Run
 from efft_lab.compare.store import Store
+from efft_lab.compare.suite import TRIVIAL
 from efft_lab.record import cores, machine_facts, now
+from efft_lab.train.config import TrainConfig
+from efft_lab.train.together import reason_against
 
 
 class Worker:
@@ -48,7 +52,7 @@ class Worker:
             env={**os.environ, "PYTHONPATH": path, **limits},
             text=True,
         )
-        self.run: Run | None = None
+        self.runs: list[Run] = []
         threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
 
     def _listen(self, answers: queue.SimpleQueue[Any]) -> None:
@@ -57,11 +61,12 @@ class Worker:
             answers.put((self, json.loads(line)))
         answers.put((self, None))
 
-    def start(self, run: Run, places: dict[str, Any]) -> None:
-        """Send a run to the process. ``places`` overrides fields of its configuration for storage locations."""
+    def start(self, runs: list[Run], places: dict[str, Any]) -> None:
+        """Send a job to the process. ``places`` overrides fields of the configurations for storage locations."""
         assert self.process.stdin is not None
-        self.run = run
-        job = {"name": str(run), "stage": run.stage, "config": {**run.config, **places}}
+        self.runs = runs
+        configs = [{**run.config, **places} for run in runs]
+        job = {"name": "; ".join(map(str, runs)), "stage": runs[0].stage, "configs": configs}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
 
@@ -71,7 +76,7 @@ class Worker:
         self.process.wait()
 
 
-def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None = None) -> int:
+def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None = None, together: int = 1) -> int:
     """Execute the runs that have no result yet.
 
     The process can be killed at any moment. The same call then continues the comparison. It executes only runs that
@@ -80,48 +85,57 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
     Args:
         agenda: the runs.
         results: the result file in JSON lines. A log file is written next to the result file.
-        jobs: number of simultaneous runs. Each gets an equal share of the processors.
+        jobs: number of simultaneous jobs. Each gets an equal share of the processors.
         data_root: folder with the files of the data sets.
+        together: the largest number of runs in a job. Runs are trained together if they train the same method on the
+            same task and differ only in seeds and learning rates (:mod:`efft_lab.train.together`).
 
     Returns:
         The number of executed runs.
 
     Raises:
-        ValueError: ``jobs`` is less than 1, a line of the result file is damaged, or training diverged with every
-            setting in a grid.
+        ValueError: ``jobs`` or ``together`` is less than 1, a line of the result file is damaged, or training diverged
+            with every setting in a grid.
         RuntimeError: a run failed for a reason other than divergence, or another process writes to the result file.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    for name, value in (("jobs", jobs), ("together", together)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     threads = max(cores() // jobs, 1)
     places = {} if data_root is None else {"data_root": data_root}
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     workers: list[Worker] = []
     with Store(results) as store, open(results.with_suffix(".log"), "ab") as log:
         progress = Progress(agenda, store, jobs)
+        if together > 1:
+            _show_methods_alone(agenda.ready(store.records))
         common = {"suite": agenda.suite.name, **machine_facts(threads), "jobs": jobs, "threads": threads}
         error: str | None = None
         try:
             while True:
-                busy = [worker for worker in workers if worker.run is not None]
-                started = {worker.run.key for worker in busy if worker.run is not None}
-                for run in agenda.ready(store.records, started)[: jobs - len(busy)] if error is None else []:
-                    idle = next((worker for worker in workers if worker.run is None), None)
+                busy = [worker for worker in workers if worker.runs]
+                started = {run.key for worker in busy for run in worker.runs}
+                ready = agenda.ready(store.records, started) if error is None else []
+                for runs in _jobs(ready, together)[: jobs - len(busy)]:
+                    idle = next((worker for worker in workers if not worker.runs), None)
                     if idle is None:
                         workers.append(idle := Worker(threads, log, answers))
-                    idle.start(run, places)
+                    idle.start(runs, places)
                     busy.append(idle)
                 if not busy:
                     break
                 worker, answer = answers.get()
-                run, worker.run = worker.run, None
-                if answer is not None and "result" in answer:
-                    record = _record(run, answer["result"], common)
-                    store.append(record)
-                    progress.show(run, record)
-                elif error is None:  # no run starts after an error, but the results of the other processes are saved
+                runs, worker.runs = worker.runs, []
+                if answer is not None and "results" in answer:
+                    shared = {"together": len(runs)} if len(runs) > 1 else {}
+                    for run, result in zip(runs, answer["results"], strict=True):
+                        record = _record(run, result, {**common, **shared})
+                        store.append(record)
+                        progress.show(run, record)
+                elif error is None:  # no job starts after an error, but the results of the other processes are saved
+                    what = "; ".join(map(str, runs))
                     error = (
-                        f"{run}: {_reason(worker, answer)}; see {log.name}, and run the same command again after a fix"
+                        f"{what}: {_reason(worker, answer)}; see {log.name}, and run the same command again after a fix"
                     )
                     log.write(((answer or {}).get("trace") or "").encode())
                     if answer is None:
@@ -132,6 +146,43 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
     if error is not None:
         raise RuntimeError(error)
     return progress.count
+
+
+def _jobs(runs: Sequence[Run], most: int) -> list[list[Run]]:
+    """Divide runs into jobs of at most ``most`` runs, in the order of the first run of each job."""
+    jobs: list[list[Run]] = []
+    for run in runs:
+        fitting = (job for job in jobs if len(job) < most and _fit(job[0], run))
+        job = next(fitting, None)
+        if job is None:
+            jobs.append([run])
+        else:
+            job.append(run)
+    return jobs
+
+
+def _fit(run: Run, other: Run) -> bool:
+    """Return whether two runs can be trained together."""
+    same = all(getattr(run, name) == getattr(other, name) for name in ("task", "method", "stage"))
+    return same and _reason_against(run, other) is None
+
+
+def _reason_against(*runs: Run) -> str | None:
+    """Return why runs cannot be trained together, or None if they can."""
+    if runs[0].config["method"] in TRIVIAL:
+        return "it trains no model"
+    return reason_against([TrainConfig.from_dict(run.config) for run in runs])
+
+
+def _show_methods_alone(runs: Sequence[Run]) -> None:
+    """Print a line for each method whose runs cannot be trained together."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        first.setdefault(run.method, run)
+    for method, run in first.items():
+        reason = _reason_against(run)
+        if reason is not None:
+            print(f"{method}: one run at a time, because {reason}", flush=True)
 
 
 def _record(run: Run, result: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Execute runs of a suite in a separate process.
 
-``python -m efft_lab.compare.worker`` reads runs from its standard input and prints one answer for each run. Every run
-and every answer is one line of JSON. :mod:`efft_lab.compare.runner` starts such processes.
+``python -m efft_lab.compare.worker`` reads jobs from its standard input and prints one answer for each job. A job is
+one run, or several runs that are trained together. Every job and every answer is one line of JSON.
+:mod:`efft_lab.compare.runner` starts such processes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 
 from efft_lab.compare.suite import TRIVIAL
-from efft_lab.train import build, read_metrics, run
+from efft_lab.train import build, read_metrics, run, run_together
 from efft_lab.train.config import TrainConfig
 from efft_lab.train.methods import METHODS
 from efft_lab.train.probe import FeatureTask, Head, WithoutTest
@@ -48,19 +50,37 @@ def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
         The result of the run: accuracies from 0 to 1 (None if they were not measured), parameter counts, seconds and
         the configuration. If training diverged, ``failed`` gives the reason, and there are no accuracies.
     """
+    return execute_together(stage, [fields])[0]
+
+
+def execute_together(stage: str, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Execute one run, or several runs that are trained in one pass through their common backbone.
+
+    If the training of one of several runs diverges, all of them are trained again, one after another.
+
+    Args:
+        stage: see :func:`execute`.
+        runs: the fields of ``TrainConfig`` of each run.
+
+    Returns:
+        The result of each run, as :func:`execute` returns it. The seconds are divided equally among the runs.
+    """
     started, used = time.perf_counter(), time.process_time()
-    method = fields["method"]
+    method = runs[0]["method"]
     if method in TRIVIAL:
-        config = TrainConfig.from_dict({**fields, "method": "linear"})
-        result = {"test_accuracy": _trivial(method, config), "trainable_parameters": 0, "head_parameters": 0}
+        configs = [TrainConfig.from_dict({**fields, "method": "linear"}) for fields in runs]
+        counts = {"trainable_parameters": 0, "head_parameters": 0}
+        results = [{"test_accuracy": _trivial(method, config), **counts} for config in configs]
     else:
-        config = TrainConfig.from_dict(fields)
-        result = _train(stage, config)
-    task = _task(config)
-    group, images = task.info.group, len(task.test)
+        configs = [TrainConfig.from_dict(fields) for fields in runs]
+        results = [_train(stage, configs[0])] if len(configs) == 1 else _train_together(stage, configs)
     took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
-    cost = {name: round(value, 2) for name, value in took.items()}
-    return {**result, "group": group, "test_images": images, **cost}
+    cost = {name: round(value / len(runs), 2) for name, value in took.items()}
+    tasks = [_task(config) for config in configs]
+    return [
+        {**result, "group": task.info.group, "test_images": len(task.test), **cost}
+        for result, task in zip(results, tasks, strict=True)
+    ]
 
 
 def _trivial(name: str, config: TrainConfig) -> float:
@@ -86,7 +106,27 @@ def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
             result = run(config, folder, model=model, task=task, progress=False).summary
         except FloatingPointError as error:
             return {"failed": str(error), "config": config.to_dict()}
-        epochs = read_metrics(Path(folder) / "metrics.jsonl", "epoch")
+        return _result(stage, config, result, Path(folder))
+
+
+def _train_together(stage: str, configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:
+    """Train several models in temporary folders, which are deleted afterwards, and return the results."""
+    tasks = [WithoutTest(_task(config)) if stage == "search" else _task(config) for config in configs]
+    with tempfile.TemporaryDirectory(prefix="efft-compare-") as folder:
+        folders = [Path(folder) / str(i) for i in range(len(configs))]
+        try:
+            found = run_together(configs, folders, tasks=tasks, progress=False)
+        except FloatingPointError:
+            return [_train(stage, config) for config in configs]
+        return [
+            _result(stage, config, result.summary, own)
+            for config, result, own in zip(configs, found, folders, strict=True)
+        ]
+
+
+def _result(stage: str, config: TrainConfig, result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the part of the result of a run in ``folder`` that is recorded."""
+    epochs = read_metrics(folder / "metrics.jsonl", "epoch")
     kept = ("trainable_parameters", "head_parameters", "factor_parameters", "updates")
     return {
         "val_accuracy": epochs[-1]["val_accuracy"],
@@ -160,7 +200,7 @@ def main() -> None:
         print(job["name"], file=sys.stderr, flush=True)
         answer: dict[str, Any]
         try:
-            answer = {"result": execute(job["stage"], job["config"])}
+            answer = {"results": execute_together(job["stage"], job["configs"])}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from efft_lab.train.config import TrainConfig
 from efft_lab.train.folder import CheckpointError, read_metrics
 from efft_lab.train.segmentation import Segmenter
+from efft_lab.train.together import run_together
 from efft_lab.train.trainer import RunResult, run
 
-__all__ = ["CheckpointError", "RunResult", "Segmenter", "TrainConfig", "read_metrics", "run"]
+__all__ = ["CheckpointError", "RunResult", "Segmenter", "TrainConfig", "read_metrics", "run", "run_together"]

@@ -41,6 +41,7 @@ class Method(ABC):
             only once.
         whole: whether the saved file holds all weights of the model. If it does, loading a trained model does not need
             the weights of the base model.
+        shares_backbone: whether ``efft.SharedBackbone`` can train several models of the method in one pass.
     """
 
     saved: ClassVar[str]
@@ -49,6 +50,7 @@ class Method(ABC):
     prunable: ClassVar[bool] = False
     head_alone: ClassVar[bool] = False
     whole: ClassVar[bool] = False
+    shares_backbone: ClassVar[bool] = False
 
     def setting_types(self) -> dict[str, Any]:
         """Return a mapping from the name of each setting to its type."""
@@ -103,6 +105,7 @@ class Factors(Method):
     """
 
     saved = "adapter"
+    shares_backbone = True
 
     def __init__(self, kind: type[AdapterConfig], group: str = "adapter") -> None:
         self.kind, self.group = kind, group

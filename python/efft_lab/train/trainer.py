@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,8 +166,7 @@ class Trainer:
         METHODS[config.method].apply(self.plain, config.settings())
         train = self.task.trainval if config.protocol == "final" else self.task.train
         self.batches = EpochBatches(len(train), config.batch_size, config.seed)
-        # The loader gets a separate generator. Its random numbers then do not change those of dropout.
-        loader: DataLoader[Any] = self.loader(train, batch_sampler=self.batches, generator=torch.Generator())
+        loader: DataLoader[Any] = self.loader(train, batch_sampler=self.batches)
         optimizer, self.scheduler = self.make_optimizer()
         self.model, self.optimizer, self.train_loader = accelerator.prepare(self.plain, optimizer, loader)
         set_seed(config.seed, device_specific=True)  # processes must not share their dropout masks
@@ -187,9 +186,10 @@ class Trainer:
         self.bar = tqdm(total=self.updates * config.batch_size, unit="img", disable=hidden, dynamic_ncols=True)
 
     def loader(self, data: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        """Create a loader with its own random numbers, which therefore do not change those of dropout."""
         workers = self.config.workers
-        pin = self.accelerator.device.type == "cuda"
-        return DataLoader(data, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0, **options)
+        options |= {"pin_memory": self.accelerator.device.type == "cuda", "persistent_workers": workers > 0}
+        return DataLoader(data, num_workers=workers, generator=torch.Generator(), **options)
 
     def make_optimizer(self) -> tuple[torch.optim.AdamW, Any]:
         """Create an optimizer for the parameters that are trainable now, and the schedule of the whole run."""
@@ -208,12 +208,20 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """Train to the end of the current epoch, validate, and write the epoch's record and a checkpoint."""
+        for images, labels in self.epoch_batches():
+            self.step(images, labels)
+
+    def epoch_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the remaining batches of the current epoch; the caller makes one update from each.
+
+        After the last update, validate, and write the epoch's record and a checkpoint.
+        """
         config, started = self.config, self.elapsed()
         self.bar.set_description(f"epoch {self.epoch + 1}/{config.epochs}")
         self.batches.start(self.epoch, skip=self.batch)
         skipped = self.batch
         for images, labels in self.train_loader:
-            self.step(images, labels)
+            yield images, labels
             self.batch += 1
             due = config.checkpoint_every and self.update % config.checkpoint_every == 0
             if due and self.batch < len(self.batches):  # after the last batch, the checkpoint of the epoch is written
@@ -256,10 +264,14 @@ class Trainer:
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """Make one update, from images [batch, 3, size, size] and labels [batch, ...]."""
-        config, self.lr = self.config, float(self.optimizer.param_groups[0]["lr"])
         predicted = self.model(images)  # [batch, outputs, ...]
         loss = self.goal.loss(predicted, labels)
         self.accelerator.backward(loss)
+        self.update_weights(predicted, loss, labels)
+
+    def update_weights(self, predicted: torch.Tensor, loss: torch.Tensor, labels: torch.Tensor) -> None:
+        """Make one update from the gradients of ``loss``, and record the loss and the scores of the batch."""
+        config, self.lr = self.config, float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.update += 1

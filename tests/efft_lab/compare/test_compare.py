@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import efft_lab.data
 from efft_lab.cli import main
+from efft_lab.compare import runner, worker
 from efft_lab.compare import suite as suites
-from efft_lab.compare import worker
 from efft_lab.compare.agenda import Agenda
 from efft_lab.compare.store import Store, read
 
@@ -114,6 +115,67 @@ def test_same_task_and_seed_give_the_same_numbers(tiny: dict[str, Any]) -> None:
                 result = worker.execute(run.stage, run.config)
                 twice.append({name: value for name, value in result.items() if name not in timing})
             assert twice[0] == twice[1], run
+
+
+def test_runs_that_fit_are_one_job(tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    from efft_lab.compare.suite import Suite
+
+    tiny |= {"seeds": [3, 4, 5], "tasks": {"digits": {}, "mnist5k": {}}}
+    tiny["train"]["checkpoint"] = "backbone.safetensors"
+    tiny["methods"]["stochastic"] = {"method": "efft", "lr": 1e-3, "drop_path": 0.1}
+    tiny["methods"]["fixed"] = {"method": "efft", "lr": 1e-3}
+    ready = Agenda(Suite(**tiny)).ready({})
+    jobs = [[(r.task, r.method, r.stage, r.seed) for r in job] for job in runner._jobs(ready, 2)]
+    search = [[(task, "EFFT2", "search", 3)] * 2 for task in ("digits", "mnist5k")]
+    alone = [
+        [(task, method, "final", seed)]
+        for method in ("probe", "pixels", "stochastic")
+        for task in ("digits", "mnist5k")
+        for seed in (3, 4, 5)
+    ]
+    together = [
+        [(task, "fixed", "final", seed) for seed in seeds] for task in ("digits", "mnist5k") for seeds in ((3, 4), (5,))
+    ]
+    assert jobs == [*search, *alone, *together]
+    assert runner._jobs(ready, 1) == [[run] for run in ready]
+    runner._show_methods_alone(ready)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.partition(": one run at a time, because ")[::2] for line in shown] == [
+        ("probe", "method 'linear' does not keep a frozen backbone that models can share"),
+        ("pixels", "it trains no model"),
+        ("stochastic", "drop_path must be 0, because the models would share its random numbers, got 0.1"),
+    ]
+
+
+def test_runs_trained_together_have_the_results_of_runs_alone(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from efft_lab import backbones
+    from efft_lab.compare.suite import Suite
+
+    backbone = backbones.create("test_vit", 10, image_size=32, checkpoint=None, drop_path=0.0, pretrained=False)
+    save_file(backbone.state_dict(), tmp_path / "backbone.safetensors")
+    tiny["train"]["checkpoint"] = str(tmp_path / "backbone.safetensors")
+    tiny["methods"] = {"EFFT2": {"method": "efft", "efft": {"rank": 4, "dropout": 0.2}, "lr": 1e-2}}
+    runs = Agenda(Suite(**tiny)).ready({})
+    timing = ("seconds", "cpu_seconds", "images_per_second")
+
+    def results(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{name: value for name, value in result.items() if name not in timing} for result in found]
+
+    alone = results([worker.execute(run.stage, run.config) for run in runs])
+    together = results(worker.execute_together("final", [run.config for run in runs]))
+    for got, expected in zip(together, alone, strict=True):
+        assert got.pop("train_loss") == pytest.approx(expected.pop("train_loss"), rel=1e-4)
+        assert got.pop("test_accuracy") == pytest.approx(expected.pop("test_accuracy"), abs=0.02)
+        assert got == expected
+
+    def diverge(*args: Any, **options: Any) -> Any:
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(worker, "run_together", diverge)
+    again = results(worker.execute_together("final", [run.config for run in runs]))
+    assert again == results([worker.execute(run.stage, run.config) for run in runs])
 
 
 def test_search_never_reads_the_test_split(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
