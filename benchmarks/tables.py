@@ -228,6 +228,29 @@ def quantized(device: str) -> str:
     return with_sources(header, rows, runs)
 
 
+def together(device: str) -> str:
+    """Return the table of training several adapters in one pass: the time per image, relative to one adapter."""
+    runs = newest("together", device=device)
+    if not runs:
+        return NOTHING
+    header = ["trained", *(f"{dtype}, {x}" for dtype in runs for x in ("time / one model", "ms per image"))]
+    names = dict.fromkeys(line["row"] for lines in runs.values() for line in lines)
+    rows = []
+    for name in names:
+        cells = [_TOGETHER.get(name, f"{name.partition('=')[2]} models in one `efft.SharedBackbone`")]
+        for lines in runs.values():
+            line = _row(lines, name)
+            cells.append(cell(line, "of_alone", lambda x: f"{x['of_alone']:.2f}"))
+            cells.append(cell(line, "seconds_per_image", lambda x: f"{1e3 * x['seconds_per_image']['p50']:.2f}"))
+        rows.append(cells)
+    return with_sources(header, rows, runs)
+
+
+_TOGETHER = {
+    "alone": "one model",
+    "fused": "one model, after `efft.fuse`",
+    "K=1": "one model in an `efft.SharedBackbone`",
+}
 _KINDS = {"floor": "frozen", "efft": "EFFT2", "lora:peft": "LoRA of `peft`", "dense": "EFFT2 as `W + dW`"}
 
 
@@ -345,7 +368,7 @@ def fp8_products() -> str:
     return with_sources(header, rows, {"": run})
 
 
-_BY_DEVICE = (train_step, ops, memory, serve, many_adapters, quantized)
+_BY_DEVICE = (train_step, ops, memory, serve, many_adapters, quantized, together)
 #: The functions that create the tables, by table name.
 TABLES: dict[str, Callable[[], str]] = {
     **{make.__name__: partial(make, "cpu") for make in _BY_DEVICE},
