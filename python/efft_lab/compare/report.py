@@ -211,6 +211,7 @@ def _tests(reference: str, scores: Scores, methods: Sequence[str]) -> list[str]:
         [
             c.method,
             str(c.tasks),
+            str(c.pairs),
             f"{c.difference:+.1f} [{c.interval[0]:+.1f}, {c.interval[1]:+.1f}]",
             f"{c.wins} / {c.ties} / {c.losses}",
             f"{c.wilcoxon:.3f} ({corrected:.3f})",
@@ -218,12 +219,14 @@ def _tests(reference: str, scores: Scores, methods: Sequence[str]) -> list[str]:
         ]
         for c, corrected, t_corrected in zip(found, signed, paired, strict=True)
     ]
-    heading = ["against", "tasks", "mean difference", "win / tie / loss", "Wilcoxon p (Holm)", "paired t p (Holm)"]
+    heading = ["against", "tasks", "pairs of runs", "mean difference", "win / tie / loss"]
+    heading += ["Wilcoxon p (Holm)", "paired t p (Holm)"]
     tasks = max(c.tasks for c in found)
     return [
         f"## {reference} against the others",
-        f"Differences are in percentage points, and positive differences favor {reference}. For the intervals and "
-        "tests, each task is one observation, averaged over its seeds. Holm's method corrects for the number of rows. "
+        f"Differences are in percentage points, and positive differences favor {reference}. Only runs with equal tasks "
+        "and seeds are compared, so a difference may not be that of the means above. For the intervals and tests, each "
+        "task is one observation, averaged over these seeds. Holm's method corrects for the number of rows. "
         f"With {tasks} tasks, the smallest possible Wilcoxon p is {2 / 2**tasks:.2g}. A task is a tie if the 95 % "
         "t-interval of the differences between runs with equal seeds contains zero.",
         table(heading, rows),

@@ -1,8 +1,8 @@
 """Compute confidence intervals and statistical tests.
 
-Two methods are compared on the tasks for which both have results. For differences, intervals and tests, the accuracy on
-each task is first averaged over the seeds. Whether a method wins, ties or loses on a task is decided by comparing the
-two runs of each seed (:func:`outcome`).
+Two methods are compared by their runs on the same task with the same seed, because a seed also selects the training
+images. For differences, intervals and tests, the differences of these pairs of runs are first averaged over the seeds
+of each task. Whether a method wins, ties or loses on a task is decided by :func:`outcome`.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of the reference method with another method on the tasks for which both have results.
+    """The comparison of the reference method with another method, by their runs with equal tasks and seeds.
 
     Attributes:
         method: the other method.
-        tasks: number of common tasks.
+        tasks: number of tasks on which both methods have a run with the same seed.
+        pairs: number of pairs of such runs.
         difference: mean over tasks of the accuracy of the reference minus that of the other method, in percentage
             points.
         interval: 95 % bootstrap interval of ``difference`` over tasks.
@@ -82,6 +83,7 @@ class Comparison:
 
     method: str
     tasks: int
+    pairs: int
     difference: float
     interval: tuple[float, float]
     wins: int
@@ -92,22 +94,24 @@ class Comparison:
 
 
 def compare(scores: Scores, reference: str, other: str) -> Comparison | None:
-    """Compare two methods. Return None if they have fewer than two common tasks.
+    """Compare two methods. Return None if they have runs with equal seeds on fewer than two tasks.
 
     Raises:
         ImportError: scipy is not installed.
     """
     stats = _scipy()
-    own, others = scores.means(reference), scores.means(other)
-    common = [task for task in own if task in others]
-    if len(common) < 2:
+    own, others = scores.values.get(reference, {}), scores.values.get(other, {})
+    paired = {task: _differences(own[task], others[task]) for task in scores.tasks if task in own and task in others}
+    paired = {task: values for task, values in paired.items() if len(values)}
+    if len(paired) < 2:
         return None
-    differences = [own[task] - others[task] for task in common]
-    outcomes = [outcome(scores.values[reference][task], scores.values[other][task]) for task in common]
+    differences = [float(values.mean()) for values in paired.values()]
+    outcomes = [outcome(own[task], others[task]) for task in paired]
     same = not any(differences)  # neither test is defined then
     return Comparison(
         method=other,
-        tasks=len(common),
+        tasks=len(paired),
+        pairs=sum(map(len, paired.values())),
         difference=float(np.mean(differences)),
         interval=task_interval(differences),
         wins=outcomes.count(1),
@@ -128,7 +132,7 @@ def outcome(own: Mapping[int, float], other: Mapping[int, float]) -> int:
         own: accuracies of the first method on the task, by seed.
         other: accuracies of the second method on the task, by seed.
     """
-    differences = np.array([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
+    differences = _differences(own, other)
     if not len(differences):
         return 0
     mean, n = float(differences.mean()), len(differences)
@@ -136,6 +140,11 @@ def outcome(own: Mapping[int, float], other: Mapping[int, float]) -> int:
     if n > 1:
         margin = float(_scipy().t.ppf(0.975, n - 1) * differences.std(ddof=1) / n**0.5)
     return 0 if abs(mean) <= margin else int(np.sign(mean))
+
+
+def _differences(own: Mapping[int, float], other: Mapping[int, float]) -> np.ndarray[Any, Any]:
+    """Return the differences between the runs of two methods with equal seeds."""
+    return np.array([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
 
 
 def _scipy() -> Any:

@@ -107,6 +107,19 @@ def test_equal_methods_do_not_differ() -> None:
     assert statistics.compare(scores(own={"a": [1.0]}, other={"a": [2.0]}), "own", "other") is None
 
 
+def test_only_runs_with_equal_seeds_are_compared() -> None:
+    """A seed that only one method has would change the difference, because it also selects the training images."""
+    own = {"a": [50.0, 90.0, 94.0], "b": [60.0, 80.0], "c": [1.0]}
+    other = {"a": [49.0], "b": [57.0, 78.0], "d": [2.0]}
+    found = statistics.compare(scores(own=own, other=other), "own", "other")
+    assert found is not None
+    assert (found.tasks, found.pairs) == (2, 3)
+    assert found.difference == pytest.approx((1.0 + (3.0 + 2.0) / 2) / 2)
+    back = statistics.compare(scores(own=own, other=other), "other", "own")
+    assert back is not None
+    assert back.difference == -found.difference
+
+
 def test_a_tie_is_a_t_interval_with_zero_in_it() -> None:
     own, other = [70.0, 72.0, 71.0, 73.0], [69.0, 70.5, 71.5, 70.0]
     interval = stats.ttest_rel(own, other).confidence_interval(0.95)
