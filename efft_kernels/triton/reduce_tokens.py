@@ -56,7 +56,7 @@ def _sum_over_tokens(
     rstd,
     thin,  # [M, R], contiguous
     out,  # [N, R] of any strides, fp32
-    sums,  # [N], fp32, receives the sum of wide; None if that sum is not needed
+    sums,  # [N], fp32, receives the sum of wide if NEED_SUMS is set
     M,
     N,
     R,
@@ -68,6 +68,7 @@ def _sum_over_tokens(
     column,
     rank,
     TOKENS,
+    NEED_SUMS: tl.constexpr,
     PRODUCER: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -87,7 +88,7 @@ def _sum_over_tokens(
             mask=in_m[:, None] & in_n[None, :],
             other=0.0,
         )
-        if sums is not None:
+        if NEED_SUMS:
             of_rows += tl.sum(w.to(tl.float32), 0)
         if PRODUCER != "none":
             mu, sigma = 0.0, 0.0
@@ -98,7 +99,7 @@ def _sum_over_tokens(
         t = tl.load(thin + (m + start)[:, None] * R + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
         total = tl.dot(tl.trans(w), t, total, input_precision=PRECISION)
     tl.store(out + n[:, None] * stride_on + r[None, :] * stride_or, total, mask=in_n[:, None] & in_r[None, :])
-    if sums is not None:  # noqa: SIM102  # this condition is evaluated at compile time, the inner one at run time
+    if NEED_SUMS:  # noqa: SIM102  # this condition is evaluated at compile time, the inner one at run time
         if rank == 0:
             tl.store(sums + n, of_rows, mask=in_n)
 
@@ -139,16 +140,16 @@ def _reduce_layer(
         n += d_out
     dG = partial + split * n
     dD = dG + R * d_out
-    db = dD + d_in * R if NEED_DB else None
+    db = dD + d_in * R
     if column < columns_out:
         _sum_over_tokens(
             *(gy, None, None, None, None, h, dG, db, M, d_out, R, stride_gm, stride_gn, 1, d_out),
-            *(begin, column, rank, TOKENS, "none", PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
+            *(begin, column, rank, TOKENS, NEED_DB, "none", PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
         )
     else:
         _sum_over_tokens(
-            *(x, gamma, beta, mean, rstd, dh, dD, None, M, d_in, R, stride_xm, stride_xn, R, 1),
-            *(begin, column - columns_out, rank, TOKENS, PRODUCER, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
+            *(x, gamma, beta, mean, rstd, dh, dD, db, M, d_in, R, stride_xm, stride_xn, R, 1),
+            *(begin, column - columns_out, rank, TOKENS, False, PRODUCER, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R),
         )
 
 
@@ -205,11 +206,12 @@ def reduce_two_kernel(
 ):
     """Compute the partial sums of two layers."""
     column = tl.program_id(0)
-    blocks: tl.constexpr = (PRECISION, BLOCK_M, BLOCK_N, BLOCK_R)
     if column < columns:
-        _reduce_layer(*first, column, TOKENS, FIRST_NEEDS_DB, FIRST_PRODUCER, *blocks)
+        _reduce_layer(*first, column, TOKENS, FIRST_NEEDS_DB, FIRST_PRODUCER, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R)
     else:
-        _reduce_layer(*second, column - columns, TOKENS, SECOND_NEEDS_DB, SECOND_PRODUCER, *blocks)
+        _reduce_layer(
+            *second, column - columns, TOKENS, SECOND_NEEDS_DB, SECOND_PRODUCER, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
+        )
 
 
 @triton.jit

@@ -201,13 +201,14 @@ def _other_forms() -> Iterable[Form]:
                 (warps, lowrank_gemm.PROJECT_STAGES),
             )
             block_n, warps = reduce_tokens.columns_and_warps(producer)
-            yield _plain_form(
-                f"reduce_tokens {name}",
-                reduce_tokens.reduce_tokens_kernel,
-                types,
-                {**constants, "NEED_DB": True, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
-                (warps, reduce_tokens.STAGES),
-            )
+            for need_db in (True, False):
+                yield _plain_form(
+                    f"reduce_tokens {name}{'' if need_db else ' without db'}",
+                    reduce_tokens.reduce_tokens_kernel,
+                    types,
+                    {**constants, "NEED_DB": need_db, "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_N": block_n},
+                    (warps, reduce_tokens.STAGES),
+                )
         yield from _forms_of_two_layers(rank)
     pointers, numbers = ("partial", "dG", "dD", "db"), ("n_G", "n_D", "n_b")
     sums = {**dict.fromkeys(pointers, "*fp32"), **dict.fromkeys(numbers, "i32")}
@@ -263,7 +264,7 @@ def _forms_of_two_layers(rank: int) -> Iterable[Form]:
             constants = {
                 **{at: {**ones, **({} if of == "norm" else dict.fromkeys(affine))} for at, of in producers.items()},
                 **{f"{at.upper()}_PRODUCER": of for at, of in producers.items()},
-                **{f"{at.upper()}_NEEDS_DB": True for at in producers},
+                **{"FIRST_NEEDS_DB": first == "norm", "SECOND_NEEDS_DB": second == "gelu"},
                 **{"PRECISION": "ieee", "BLOCK_M": reduce_tokens.BLOCK_M, "BLOCK_R": rank},
             }
             constants["BLOCK_N"], warps = reduce_tokens.columns_and_warps(second)
