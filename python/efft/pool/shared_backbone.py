@@ -170,6 +170,8 @@ class SharedBackbone(nn.Module):
         layers = linear_layers(adapted_layers(model))
         if not adapter.enabled or any(layer.merged for layer in layers.values()):
             raise ValueError(f"model {name!r}: its update is merged or switched off; call efft.unmerge(model) first")
+        for layer in layers.values():
+            layer.evaluated()  # raises ValueError if the layer computes something else than an update of its weight
         own = _trained(model, adapter)
         stray = [n for n, p in model.named_parameters() if p.requires_grad and n not in own]
         if stray:

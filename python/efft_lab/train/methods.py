@@ -50,7 +50,7 @@ class Method(ABC):
     prunable: ClassVar[bool] = False
     head_alone: ClassVar[bool] = False
     whole: ClassVar[bool] = False
-    shares_backbone: ClassVar[bool] = False
+    shares_backbone: bool = False
 
     def setting_types(self) -> dict[str, Any]:
         """Return a mapping from the name of each setting to its type."""
@@ -105,10 +105,10 @@ class Factors(Method):
     """
 
     saved = "adapter"
-    shares_backbone = True
 
     def __init__(self, kind: type[AdapterConfig], group: str = "adapter") -> None:
         self.kind, self.group = kind, group
+        self.shares_backbone = kind.layer is AdapterConfig.layer  # other layers do more than update a weight
 
     def setting_types(self) -> dict[str, Any]:
         hints = get_type_hints(self.kind)

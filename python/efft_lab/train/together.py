@@ -70,11 +70,11 @@ def run_together(
         RuntimeError: the backbone draws random numbers in training.
     """
     reason = reason_against(configs)
-    accelerator = make_accelerator(configs[0])
-    if reason is None and accelerator.num_processes > 1:
-        reason = f"a single process is needed, got {accelerator.num_processes}"
     if reason is not None:
         raise ValueError(f"these runs cannot be trained together: {reason}")
+    accelerator = make_accelerator(configs[0])
+    if accelerator.num_processes > 1:
+        raise ValueError(f"run_together needs a single process, got {accelerator.num_processes}")
     trainers: list[Trainer] = []
 
     def members() -> Iterator[tuple[str, nn.Module]]:

@@ -275,7 +275,7 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
     assert "| EFFT2 | 85.0 ± 7.1 | 85.0 ± 7.1 |" in page
     assert "| EFFT2 | 1,000 | 85.0 | 85.0 | 85.0 [80.0, 90.0] | 85.0 [80.0, 90.0] |" in page
     of_first, of_second = page.partition("## EFFT2 against the others")[2].split("## pixels against the others")
-    assert "| probe | 2 | +" in of_first, "compared with the reference over two tasks"
+    assert "| probe | 2 | 4 | +" in of_first, "compared with the reference over two tasks"
     assert "favor pixels" in of_second
     assert "| EFFT2 | 2 | -" in of_second
     assert "- digits: pixels reaches 52.5, at least as much as probe." in page
