@@ -127,9 +127,8 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
                 worker, answer = answers.get()
                 runs, worker.runs = worker.runs, []
                 if answer is not None and "results" in answer:
-                    shared = {"together": len(runs)} if len(runs) > 1 else {}
                     for run, result in zip(runs, answer["results"], strict=True):
-                        record = _record(run, result, {**common, **shared})
+                        record = _record(run, result, common)
                         store.append(record)
                         progress.show(run, record)
                 elif error is None:  # no job starts after an error, but the results of the other processes are saved

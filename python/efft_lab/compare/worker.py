@@ -56,14 +56,16 @@ def execute(stage: str, fields: dict[str, Any]) -> dict[str, Any]:
 def execute_together(stage: str, runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Execute one run, or several runs that are trained in one pass through their common backbone.
 
-    If the training of one of several runs diverges, all of them are trained again, one after another.
+    If several runs cannot be trained together, or the training of one of them diverges, all of them are trained one
+    after another.
 
     Args:
         stage: see :func:`execute`.
         runs: the fields of ``TrainConfig`` of each run.
 
     Returns:
-        The result of each run, as :func:`execute` returns it. The seconds are divided equally among the runs.
+        The result of each run, as :func:`execute` returns it. The seconds are divided equally among the runs. If they
+        were trained together, ``together`` is their number.
     """
     started, used = time.perf_counter(), time.process_time()
     method = runs[0]["method"]
@@ -116,12 +118,13 @@ def _train_together(stage: str, configs: Sequence[TrainConfig]) -> list[dict[str
         folders = [Path(folder) / str(i) for i in range(len(configs))]
         try:
             found = run_together(configs, folders, tasks=tasks, progress=False)
-        except FloatingPointError:
-            return [_train(stage, config) for config in configs]
-        return [
-            _result(stage, config, result.summary, own)
-            for config, result, own in zip(configs, found, folders, strict=True)
-        ]
+            return [
+                {**_result(stage, config, result.summary, own), "together": len(configs)}
+                for config, result, own in zip(configs, found, folders, strict=True)
+            ]
+        except (FloatingPointError, ValueError, RuntimeError) as error:
+            print(f"trained one after another instead of together: {error}", file=sys.stderr, flush=True)
+    return [_train(stage, config) for config in configs]
 
 
 def _result(stage: str, config: TrainConfig, result: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -166,6 +166,7 @@ def test_runs_trained_together_have_the_results_of_runs_alone(
     alone = results([worker.execute(run.stage, run.config) for run in runs])
     together = results(worker.execute_together("final", [run.config for run in runs]))
     for got, expected in zip(together, alone, strict=True):
+        assert got.pop("together") == 2
         assert got.pop("train_loss") == pytest.approx(expected.pop("train_loss"), rel=1e-4)
         assert got.pop("test_accuracy") == pytest.approx(expected.pop("test_accuracy"), abs=0.02)
         assert got == expected
