@@ -278,7 +278,7 @@ def test_report(tiny: dict[str, Any], write: Write, tmp_path: Path, capsys: pyte
     of_first, of_second = page.partition("## EFFT2 against the others")[2].split("## pixels against the others")
     assert "| probe | 2 | 4 | +" in of_first, "compared with the reference over two tasks"
     assert "favor pixels" in of_second
-    assert "| EFFT2 | 2 | -" in of_second
+    assert "| EFFT2 | 2 | 4 | -" in of_second
     assert "- digits: pixels reaches 52.5, at least as much as probe." in page
     assert "| EFFT2 | lr 0.01 | lr 0.01 |" in page
     assert "- commit: abc" in page
