@@ -53,6 +53,8 @@ WIDTH, RANK, LEADING = 64, 16, (2, 8)
 #: The two depths of the chain, in layers.
 DEPTHS = (4, 12)
 MODES = ("forward", "forward_backward", "evaluation", "inference")
+#: The modes in which efft.fuse has an effect.
+FUSED_MODES = ("forward", "forward_backward", "evaluation")
 
 
 class Chain(nn.Module):
@@ -192,11 +194,9 @@ ROWS: dict[str, HostRow] = {
     "peft": HostRow(_lora),
     "mlp": HostRow(_frozen, chain=MlpChain),
     "mlp:cpu": HostRow(_adapted_mlp, Backend.CPU, chain=MlpChain),
-    # In inference mode, efft.fuse has no effect.
-    "mlp-fused:cpu": HostRow(_fused_mlp, Backend.CPU, chain=MlpChain, modes=MODES[:3]),
+    "mlp-fused:cpu": HostRow(_fused_mlp, Backend.CPU, chain=MlpChain, modes=FUSED_MODES),
     "mlp-fused:cuda": HostRow(
-        *(_fused_mlp, Backend.CUDA, "meta", _with_schemas_of_cuda, MlpChain),
-        modes=MODES[:3],
+        _fused_mlp, Backend.CUDA, "meta", _with_schemas_of_cuda, chain=MlpChain, modes=FUSED_MODES
     ),
 }
 

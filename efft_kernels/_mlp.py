@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +12,16 @@ from torch import Tensor
 class Layers(NamedTuple):
     """Hold the functions of a backend for one layer, from which :func:`mlp_forward` and :func:`mlp_backward` compute.
 
-    The attributes have the names and arguments of the functions in :mod:`efft_kernels.eager`.
+    The attributes have the names and arguments of the functions in :mod:`efft_kernels.eager`. A backward function may
+    return one other object in the place of dD, dG and db. The result of :func:`mlp_backward` then contains this object.
     """
 
     tt_linear_fwd: Callable[..., tuple[Tensor, Tensor]]
-    tt_linear_bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    tt_linear_bwd: Callable[..., tuple[Any, ...]]
     tt_norm_linear_fwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    tt_norm_linear_bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+    tt_norm_linear_bwd: Callable[..., tuple[Any, ...]]
     tt_gelu_linear_fwd: Callable[..., tuple[Tensor, Tensor]]
-    tt_gelu_linear_bwd: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    tt_gelu_linear_bwd: Callable[..., tuple[Any, ...]]
 
 
 def mlp_forward(
@@ -82,13 +83,13 @@ def mlp_backward(
     need_db2: bool,
     need_dgamma: bool,
     need_dbeta: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Compute dx, dD1, dG1, db1, dD2, dG2, db2, dgamma and dbeta, one layer after the other."""
     first = need_dx, need_dD1, need_dG1, need_db1, need_dgamma, need_dbeta
     second = need_dD2, need_dG2, need_db2
     dz, *of_second = layers.tt_gelu_linear_bwd(gy, z, W2, h2, D2, G2, approximate, any(first), *second)
     dgamma, dbeta = (_empty(x if like is None else like) for like in (gamma, beta))
-    of_first: Iterable[Tensor]
+    of_first: Iterable[Any]
     if not any(first):
         of_first = _empty(x), *(_empty(like, wide=True) for like in (D1, G1, z))
     elif eps is None:

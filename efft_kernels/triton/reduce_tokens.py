@@ -281,7 +281,7 @@ def reduce_tokens(*layers: Layer, splits: int | None = None) -> list[Sums]:
     if pairs:
         _launch([layer for layer, _ in pairs], [of for _, of in pairs], splits)
     for layer, (_, _, db) in zip(layers, sums, strict=True):
-        if layer.need_db and layer.h is None:  # the kernels sum gy only where they compute dG
+        if layer.need_db and not _adds_gy(layer):
             assert layer.gy is not None
             torch.sum(layer.gy, 0, dtype=torch.float32, out=db)
     return sums
@@ -308,7 +308,7 @@ def _launch(layers: Sequence[Layer], sums: Sequence[Sums], splits: int | None) -
     block_r = rank_block(R)
     columns = [[ceil_div(d, block_n) for d in _sizes(*each)] for each in zip(layers, sums, strict=True)]
     total, ranks = sum([of_gy + of_x for of_gy, of_x in columns]), ceil_div(R, block_r)
-    if total == 0:
+    if total * ranks == 0:
         return
     if splits is None:
         splits = PROGRAMS_A_PROCESSOR * device(like.device).processors // max(total * ranks, 1)
@@ -320,7 +320,7 @@ def _launch(layers: Sequence[Layer], sums: Sequence[Sums], splits: int | None) -
         for layer, of, (partial, *_), (of_gy, _) in zip(layers, sums, results, columns, strict=True)
     ]
     blocks = [ceil_div(partial.shape[1], FINISH_BLOCK) for partial, *_ in results]
-    adds = [layer.need_db and layer.h is not None for layer in layers]
+    adds = [_adds_gy(layer) for layer in layers]
     grid, producers = (total, splits, ranks), [layer.producer for layer in layers]
     options: Any = {
         **{"PRECISION": precision(like), "BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_R": block_r},
@@ -350,6 +350,11 @@ def _given(layer: Layer) -> Tensor:
     return given
 
 
+def _adds_gy(layer: Layer) -> bool:
+    """Return whether the kernels compute db. They sum gy only where they compute an entry of dG."""
+    return layer.need_db and layer.h is not None and layer.h.shape[1] > 0
+
+
 def _sizes(layer: Layer, sums: Sums) -> tuple[int, int]:
     """Return d_out and d_in, or 0 for a product that is not needed."""
     dG, dD, _ = sums
@@ -359,7 +364,7 @@ def _sizes(layer: Layer, sums: Sums) -> tuple[int, int]:
 def _results(layer: Layer, sums: Sums, splits: int) -> tuple[Any, ...]:
     """Return the arguments of ``finish_kernel`` up to n_b."""
     dG, dD, db = sums
-    n_G, n_D, n_b = dG.numel(), dD.numel(), 0 if layer.h is None else db.numel()
+    n_G, n_D, n_b = dG.numel(), dD.numel(), db.numel() if _adds_gy(layer) else 0
     partial = torch.empty(splits, n_G + n_D + n_b, dtype=torch.float32, device=dG.device)
     return partial, dG, dD, db, n_G, n_D, n_b
 

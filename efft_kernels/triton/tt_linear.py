@@ -6,6 +6,8 @@ second one computes dx, and two more compute the sums over tokens (dG, dD and db
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,11 +39,17 @@ def tt_linear_bwd(
     need_dG: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    leading = gy.shape[:-1]
-    dx, layer = multiply_backward(
-        *(rows_of(gy), None if x is None else rows_of(x), W, h, D, G, need_dx, need_dD, need_dG, need_db)
-    )
-    return unflatten_tokens(dx, leading) if need_dx else dx, *sums_over_tokens((layer, D, G))[0]
+    x = None if x is None else rows_of(x)
+    dx, pending = multiply_backward(rows_of(gy), x, W, h, D, G, need_dx, need_dD, need_dG, need_db)
+    return unflatten_tokens(dx, gy.shape[:-1]) if need_dx else dx, *sums_over_tokens(pending)[0]
+
+
+class Pending(NamedTuple):
+    """Hold the sums over tokens of a layer that are still to be computed, and the layer's factors."""
+
+    operands: Layer
+    D: Tensor  # [d_in, r1]
+    G: Tensor  # [r1, d_out]
 
 
 def multiply_backward(
@@ -55,27 +63,43 @@ def multiply_backward(
     need_dD: bool,
     need_dG: bool,
     need_db: bool,
-) -> tuple[Tensor, Layer]:
-    """Return dx, with 0 elements if it is not needed, and the operands of the sums over tokens."""
+    *,
+    producer: str = "none",
+    **norm: Tensor | None,
+) -> tuple[Tensor, Pending]:
+    """Run the products of a layer's backward pass.
+
+    With a ``producer`` (see :mod:`efft_kernels.triton.producers`), ``x`` is its input. ``norm`` contains the gamma,
+    beta, mean and rstd of a layer norm.
+
+    Returns:
+        dx, and the sums that remain. For a norm, dx is the gradient of its output, and otherwise that of ``x``. If dx
+        is not needed, it has 0 elements.
+    """
+    Z, slope = (None, "none") if producer in ("none", "norm") else (x, producer)  # of a GELU
     dx, dh = None, None
     if need_dx:
         assert W is not None
-        dx, dh = lowrank_gemm(gy, W, None, transposed(G), transposed(D))
+        dx, dh = lowrank_gemm(gy, W, None, transposed(G), transposed(D), Z=Z, producer=slope)
     elif need_dD:
         dh = project(gy, transposed(G))
-    return gy.new_empty(0) if dx is None else dx, Layer(gy, h if need_dG else None, x, dh if need_dD else None, need_db)
+    if dx is None:
+        dx = (gy if Z is None else Z).new_empty(0)
+    operands = Layer(gy, h if need_dG else None, x, dh if need_dD else None, need_db, producer, **norm)
+    return dx, Pending(operands, D, G)
 
 
-def sums_over_tokens(*layers: tuple[Layer, Tensor, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return dD, dG and db of one or two layers. A layer is given by the operands of its sums and its factors D and G.
+def sums_over_tokens(*pending: Pending) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return dD, dG and db of one or two layers.
 
     dD and dG are in the dtypes of the factors, but at least in fp32, and db is in fp32. A gradient that is not needed
     has the shape [0].
     """
-    found = []
-    for (_, D, G), (dG, dD, db) in zip(layers, reduce_tokens(*[layer for layer, _, _ in layers]), strict=True):
-        found.append((_in_wide_dtype(dD, D), _in_wide_dtype(dG, G), db))
-    return found
+    sums = reduce_tokens(*[layer.operands for layer in pending])
+    return [
+        (_in_wide_dtype(dD, layer.D), _in_wide_dtype(dG, layer.G), db)
+        for layer, (dG, dD, db) in zip(pending, sums, strict=True)
+    ]
 
 
 def _in_wide_dtype(total: Tensor, factor: Tensor) -> Tensor:

@@ -14,16 +14,28 @@ from typing import Any
 
 from torch import Tensor
 
-from efft_kernels._mlp import Layers, mlp_forward
-from efft_kernels.eager import layer_norm_bwd
+from efft_kernels._mlp import Layers, mlp_backward, mlp_forward
 from efft_kernels.measured import KERNELS
-from efft_kernels.triton import tt_gelu_linear, tt_linear, tt_norm_linear
-from efft_kernels.triton.tt_linear import sums_over_tokens
+from efft_kernels.triton.tt_gelu_linear import (
+    tt_gelu_linear_bwd,
+    tt_gelu_linear_fwd,
+    tt_gelu_linear_multiply_backward,
+)
+from efft_kernels.triton.tt_linear import Pending, multiply_backward, sums_over_tokens, tt_linear_bwd, tt_linear_fwd
+from efft_kernels.triton.tt_norm_linear import (
+    tt_norm_linear_bwd,
+    tt_norm_linear_fwd,
+    tt_norm_linear_multiply_backward,
+)
 
 _LAYERS = Layers(
-    *(tt_linear.tt_linear_fwd, tt_linear.tt_linear_bwd),
-    *(tt_norm_linear.tt_norm_linear_fwd, tt_norm_linear.tt_norm_linear_bwd),
-    *(tt_gelu_linear.tt_gelu_linear_fwd, tt_gelu_linear.tt_gelu_linear_bwd),
+    tt_linear_fwd, tt_linear_bwd, tt_norm_linear_fwd, tt_norm_linear_bwd, tt_gelu_linear_fwd, tt_gelu_linear_bwd
+)
+#: Layers whose backward functions return one :class:`Pending` in the place of dD, dG and db.
+_WITHOUT_SUMS: Layers = _LAYERS._replace(
+    tt_linear_bwd=multiply_backward,
+    tt_norm_linear_bwd=tt_norm_linear_multiply_backward,
+    tt_gelu_linear_bwd=tt_gelu_linear_multiply_backward,
 )
 
 
@@ -31,49 +43,9 @@ def tt_mlp_fwd(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     return mlp_forward(_LAYERS, x, *rest)
 
 
-def tt_mlp_bwd(
-    gy: Tensor,  # [tokens, d_out]
-    x: Tensor,  # [tokens, d_in]
-    z: Tensor,  # [tokens, d_hidden]
-    gamma: Tensor | None,  # [d_in]
-    beta: Tensor | None,  # [d_in]
-    eps: float | None,
-    mean: Tensor,  # [tokens]
-    rstd: Tensor,  # [tokens]
-    W1: Tensor | None,  # [d_hidden, d_in]
-    W2: Tensor | None,  # [d_out, d_hidden]
-    h1: Tensor | None,  # [tokens, r1]
-    h2: Tensor | None,  # [tokens, r1]
-    D1: Tensor,  # [d_in, r1]
-    G1: Tensor,  # [r1, d_hidden]
-    D2: Tensor,  # [d_hidden, r1]
-    G2: Tensor,  # [r1, d_out]
-    approximate: str,
-    need_dx: bool,
-    need_dD1: bool,
-    need_dG1: bool,
-    need_db1: bool,
-    need_dD2: bool,
-    need_dG2: bool,
-    need_db2: bool,
-    need_dgamma: bool,
-    need_dbeta: bool,
-) -> tuple[Tensor, ...]:
-    needs, needs1 = (need_dx, need_dgamma, need_dbeta), (need_dD1, need_dG1, need_db1)
-    dz, second = tt_gelu_linear.multiply_backward(
-        *(gy, z, W2, h2, D2, G2, approximate), any(needs) or any(needs1), need_dD2, need_dG2, need_db2
-    )
-    if eps is None:
-        dx, first = tt_linear.multiply_backward(dz, x, W1, h1, D1, G1, need_dx, *needs1)
-        dgamma, dbeta = (x.new_empty(0) for _ in range(2))
-    else:
-        dn, first = tt_norm_linear.multiply_backward(
-            *(dz, x, gamma, beta, mean, rstd, W1, h1, D1, G1), any(needs), *needs1
-        )
-        dx, dgamma, dbeta = layer_norm_bwd(dn, x, gamma, beta, mean, rstd, *needs)
-    layers = (first, D1, G1), (second, D2, G2)
-    if KERNELS > 1:
-        of_first, of_second = sums_over_tokens(*layers)
-    else:
-        of_first, of_second = (sums_over_tokens(layer)[0] for layer in layers)
-    return dx, *of_first, *of_second, dgamma, dbeta
+def tt_mlp_bwd(gy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if KERNELS == 1:
+        return mlp_backward(_LAYERS, gy, *rest)
+    found: tuple[Tensor | Pending, ...] = mlp_backward(_WITHOUT_SUMS, gy, *rest)
+    sums = iter(sums_over_tokens(*[part for part in found if isinstance(part, Pending)]))
+    return tuple(t for part in found for t in (next(sums) if isinstance(part, Pending) else (part,)))

@@ -9,13 +9,14 @@ of x, and a tile of a product does not contain an entire row.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from efft_kernels._arguments import transposed
 from efft_kernels.eager import layer_norm_bwd
-from efft_kernels.triton.lowrank_gemm import lowrank_gemm, norm_project, project
-from efft_kernels.triton.reduce_tokens import Layer
-from efft_kernels.triton.tt_linear import sums_over_tokens
+from efft_kernels.triton.lowrank_gemm import lowrank_gemm, norm_project
+from efft_kernels.triton.tt_linear import Pending, multiply_backward, sums_over_tokens
 
 
 def tt_norm_linear_fwd(
@@ -32,7 +33,12 @@ def tt_norm_linear_fwd(
     return *lowrank_gemm(n, transposed(W), b, D, G, h), mean, rstd
 
 
-def tt_norm_linear_bwd(
+def tt_norm_linear_bwd(gy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, pending, dgamma, dbeta = tt_norm_linear_multiply_backward(gy, *rest)
+    return dx, *sums_over_tokens(pending)[0], dgamma, dbeta
+
+
+def tt_norm_linear_multiply_backward(
     gy: Tensor,  # [tokens, d_out]
     x: Tensor,  # [tokens, d_in]
     gamma: Tensor | None,  # [d_in]
@@ -50,40 +56,10 @@ def tt_norm_linear_bwd(
     need_db: bool,
     need_dgamma: bool,
     need_dbeta: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Pending, Tensor, Tensor]:
+    """Compute dx, dgamma and dbeta, and leave dD, dG and db to :func:`sums_over_tokens`."""
     needs = need_dx, need_dgamma, need_dbeta
-    dn, layer = multiply_backward(gy, x, gamma, beta, mean, rstd, W, h, D, G, any(needs), need_dD, need_dG, need_db)
-    dD, dG, db = sums_over_tokens((layer, D, G))[0]
+    norm = {"gamma": gamma, "beta": beta, "mean": mean, "rstd": rstd}
+    dn, pending = multiply_backward(gy, x, W, h, D, G, any(needs), need_dD, need_dG, need_db, producer="norm", **norm)
     dx, dgamma, dbeta = layer_norm_bwd(dn, x, gamma, beta, mean, rstd, *needs)
-    return dx, dD, dG, db, dgamma, dbeta
-
-
-def multiply_backward(
-    gy: Tensor,  # [tokens, d_out]
-    x: Tensor,  # [tokens, d_in]
-    gamma: Tensor | None,  # [d_in]
-    beta: Tensor | None,  # [d_in]
-    mean: Tensor,  # [tokens]
-    rstd: Tensor,  # [tokens]
-    W: Tensor | None,  # [d_out, d_in]
-    h: Tensor | None,  # [tokens, r1]
-    D: Tensor,  # [d_in, r1]
-    G: Tensor,  # [r1, d_out]
-    need_dn: bool,
-    need_dD: bool,
-    need_dG: bool,
-    need_db: bool,
-) -> tuple[Tensor, Layer]:
-    """Return dn, the gradient of the norm's output, and the operands of the sums over tokens.
-
-    If dn is not needed, it has 0 elements.
-    """
-    dn, dh = None, None
-    if need_dn:
-        assert W is not None
-        dn, dh = lowrank_gemm(gy, W, None, transposed(G), transposed(D))
-    elif need_dD:
-        dh = project(gy, transposed(G))
-    return x.new_empty(0) if dn is None else dn, Layer(
-        gy, h if need_dG else None, x, dh if need_dD else None, need_db, "norm", gamma, beta, mean, rstd
-    )
+    return dx, pending, dgamma, dbeta

@@ -7,6 +7,7 @@ that are trained together. The results of a job are written to the result file i
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import queue
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
@@ -116,7 +117,7 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
                 busy = [worker for worker in workers if worker.runs]
                 started = {run.key for worker in busy for run in worker.runs}
                 ready = agenda.ready(store.records, started) if error is None else []
-                for runs in _jobs(ready, together)[: jobs - len(busy)]:
+                for runs in itertools.islice(_jobs(ready, together), jobs - len(busy)):
                     idle = next((worker for worker in workers if not worker.runs), None)
                     if idle is None:
                         workers.append(idle := Worker(threads, log, answers))
@@ -147,26 +148,28 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
     return progress.count
 
 
-def _jobs(runs: Sequence[Run], most: int) -> list[list[Run]]:
-    """Divide runs into jobs of at most ``most`` runs, in the order of the first run of each job."""
-    jobs: list[list[Run]] = []
-    for run in runs:
-        fitting = (job for job in jobs if len(job) < most and _fit(job[0], run))
-        job = next(fitting, None)
-        if job is None:
-            jobs.append([run])
-        else:
-            job.append(run)
-    return jobs
+def _jobs(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
+    """Divide runs into jobs of at most ``most`` runs, in the order of the first run of each job.
+
+    A job is found only when it is asked for, because finding the runs of a job takes time.
+    """
+    left = list(runs)
+    while left:
+        job = left[:1]
+        for run in left[1:]:
+            if len(job) < most and _fit(job[0], run):
+                job.append(run)
+        yield job
+        left = [run for run in left if run not in job]
 
 
 def _fit(run: Run, other: Run) -> bool:
     """Return whether two runs can be trained together."""
     same = all(getattr(run, name) == getattr(other, name) for name in ("task", "method", "stage"))
-    return same and _reason_against(run, other) is None
+    return same and _why_alone(run, other) is None
 
 
-def _reason_against(*runs: Run) -> str | None:
+def _why_alone(*runs: Run) -> str | None:
     """Return why runs cannot be trained together, or None if they can."""
     if runs[0].config["method"] in TRIVIAL:
         return "it trains no model"
@@ -179,7 +182,7 @@ def _show_methods_alone(runs: Sequence[Run]) -> None:
     for run in runs:
         first.setdefault(run.method, run)
     for method, run in first.items():
-        reason = _reason_against(run)
+        reason = _why_alone(run)
         if reason is not None:
             print(f"{method}: one run at a time, because {reason}", flush=True)
 

@@ -69,32 +69,31 @@ def execute_together(stage: str, runs: Sequence[dict[str, Any]]) -> list[dict[st
     """
     started, used = time.perf_counter(), time.process_time()
     method = runs[0]["method"]
-    if method in TRIVIAL:
-        configs = [TrainConfig.from_dict({**fields, "method": "linear"}) for fields in runs]
-        counts = {"trainable_parameters": 0, "head_parameters": 0}
-        results = [{"test_accuracy": _trivial(method, config), **counts} for config in configs]
-    else:
-        configs = [TrainConfig.from_dict(fields) for fields in runs]
-        results = [_train(stage, configs[0])] if len(configs) == 1 else _train_together(stage, configs)
+    trivial = {"method": "linear"} if method in TRIVIAL else {}
+    configs = [TrainConfig.from_dict({**fields, **trivial}) for fields in runs]
+    tasks = [_task(config) for config in configs]
+    results = _train_together(stage, configs, tasks) if len(configs) > 1 else None
+    if results is None:
+        each = zip(configs, tasks, strict=True)
+        results = [_predict(method, task) if trivial else _train(stage, config, task) for config, task in each]
     took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
     cost = {name: round(value / len(runs), 2) for name, value in took.items()}
-    tasks = [_task(config) for config in configs]
     return [
         {**result, "group": task.info.group, "test_images": len(task.test), **cost}
         for result, task in zip(results, tasks, strict=True)
     ]
 
 
-def _trivial(name: str, config: TrainConfig) -> float:
+def _predict(name: str, task: Any) -> dict[str, Any]:
+    """Return the result of a trivial predictor."""
     from efft_lab.data import nearest_neighbors, trivial_baselines
 
-    task = _task(config)
-    return (nearest_neighbors(task) if name == "knn" else trivial_baselines(task)[name]) / 100
+    accuracy = (nearest_neighbors(task) if name == "knn" else trivial_baselines(task)[name]) / 100
+    return {"test_accuracy": accuracy, "trainable_parameters": 0, "head_parameters": 0}
 
 
-def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
+def _train(stage: str, config: TrainConfig, task: Any) -> dict[str, Any]:
     """Train a model in a temporary folder, which is deleted afterwards, and return the result."""
-    task: Any = _task(config)
     model = None
     if METHODS[config.method].head_alone and config.drop_path == 0:
         task = _features(config)
@@ -111,20 +110,26 @@ def _train(stage: str, config: TrainConfig) -> dict[str, Any]:
         return _result(stage, config, result, Path(folder))
 
 
-def _train_together(stage: str, configs: Sequence[TrainConfig]) -> list[dict[str, Any]]:
-    """Train several models in temporary folders, which are deleted afterwards, and return the results."""
-    tasks = [WithoutTest(_task(config)) if stage == "search" else _task(config) for config in configs]
+def _train_together(stage: str, configs: Sequence[TrainConfig], tasks: Sequence[Any]) -> list[dict[str, Any]] | None:
+    """Train several models in temporary folders, which are deleted afterwards, and return the results.
+
+    Return None if the models cannot be trained together, or if the training of one of them diverges.
+    """
+    tasks = [WithoutTest(task) if stage == "search" else task for task in tasks]
+    n = len(configs)
     with tempfile.TemporaryDirectory(prefix="efft-compare-") as folder:
-        folders = [Path(folder) / str(i) for i in range(len(configs))]
+        folders = [Path(folder) / str(i) for i in range(n)]
         try:
             found = run_together(configs, folders, tasks=tasks, progress=False)
-            return [
-                {**_result(stage, config, result.summary, own), "together": len(configs)}
-                for config, result, own in zip(configs, found, folders, strict=True)
-            ]
         except (FloatingPointError, ValueError, RuntimeError) as error:
             print(f"trained one after another instead of together: {error}", file=sys.stderr, flush=True)
-    return [_train(stage, config) for config in configs]
+            return None
+        results = []
+        for config, result, own in zip(configs, found, folders, strict=True):
+            of_run = _result(stage, config, result.summary, own)
+            # The clock of a run includes the images of all others.
+            results.append({**of_run, "images_per_second": round(n * of_run["images_per_second"], 2), "together": n})
+        return results
 
 
 def _result(stage: str, config: TrainConfig, result: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -48,13 +48,16 @@ def reason_against(configs: Sequence[TrainConfig]) -> str | None:
 
 def run_together(
     configs: Sequence[TrainConfig],
-    folders: Sequence[Path],
+    folders: Sequence[str | Path],
     *,
     models: Sequence[nn.Module] | None = None,
     tasks: Sequence[Any] | None = None,
     progress: bool = True,
 ) -> list[RunResult]:
     """Train several runs in one pass through their backbone. Each run writes its own folder, as ``run`` does.
+
+    No checkpoints are written, so an interrupted training cannot be continued. The seconds in a folder are those of all
+    runs together.
 
     Args:
         configs: the configurations, which may differ only in :data:`MAY_DIFFER`.
@@ -64,11 +67,17 @@ def run_together(
         progress: whether to show a progress bar for each run.
 
     Raises:
-        ValueError: the runs cannot be trained together; the message says why.
+        ValueError: there is not one folder of its own (and one model or task, if given) for each run, or the runs
+            cannot be trained together; the message says why.
         FileExistsError: a folder already contains a run.
         FloatingPointError: a recorded loss of one run is not finite. All runs end with it.
         RuntimeError: the backbone draws random numbers in training.
     """
+    paths = [Path(folder) for folder in folders]
+    for name, values in (("folders", set(paths)), ("models", models), ("tasks", tasks)):
+        if not configs or (values is not None and len(values) != len(configs)):
+            got = 0 if values is None else len(values)
+            raise ValueError(f"run_together: expected {name} for {len(configs)} runs (at least 1), got {got} different")
     reason = reason_against(configs)
     if reason is not None:
         raise ValueError(f"these runs cannot be trained together: {reason}")
@@ -78,10 +87,11 @@ def run_together(
     trainers: list[Trainer] = []
 
     def members() -> Iterator[tuple[str, nn.Module]]:
-        for i, (config, folder) in enumerate(zip(configs, folders, strict=True)):
+        for i, (config, folder) in enumerate(zip(configs, paths, strict=True)):
             open_folder(folder, config, False, False, True)
-            own = None if models is None else models[i]
-            trainer = Trainer(config, folder, accelerator, own, None if tasks is None else tasks[i], progress)
+            model = None if models is None else models[i]
+            task = None if tasks is None else tasks[i]
+            trainer = Trainer(config, folder, accelerator, model, task, progress, checkpoints=False)
             trainers.append(trainer)
             # The backbone is built from the model without accelerate's wrapper of its forward method.
             yield str(i), accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -90,9 +100,12 @@ def run_together(
         shared = efft.SharedBackbone(members(), seeds={str(i): config.seed for i, config in enumerate(configs)})
         for trainer in trainers:
             trainer.model = accelerator.prepare_model(trainer.plain)
+        batches = [len(trainer.batches) for trainer in trainers]
+        if len(set(batches)) > 1:
+            raise ValueError(f"these runs cannot be trained together: they have {batches} batches per epoch")
         while trainers[0].epoch < configs[0].epochs:
-            for batches in zip(*(trainer.epoch_batches() for trainer in trainers), strict=True):
-                _step(shared, trainers, batches)
+            for step in zip(*(trainer.epoch_batches() for trainer in trainers), strict=True):
+                _step(shared, trainers, step)
         return [RunResult(trainer.finish(), trainer.plain) for trainer in trainers]
     finally:
         for trainer in trainers:

@@ -128,6 +128,7 @@ class Trainer:
         model: the model to train. With None, the model that the configuration names is created.
         task: the data. With None, the data set that the configuration names is loaded.
         progress: whether to show a progress bar.
+        checkpoints: whether to write checkpoints.
 
     Attributes:
         epoch: number of finished epochs.
@@ -149,13 +150,14 @@ class Trainer:
         model: nn.Module | None,
         task: TaskData | None,
         progress: bool = True,
+        checkpoints: bool = True,
     ) -> None:
         from accelerate.utils import set_seed
         from tqdm.auto import tqdm
 
         if config.prune_at is not None and accelerator.num_processes > 1:
             raise ValueError(f"prune_at needs a single process, got {accelerator.num_processes}; leave out prune_at")
-        self.config, self.out, self.accelerator = config, out, accelerator
+        self.config, self.out, self.accelerator, self.checkpoints = config, out, accelerator, checkpoints
         with accelerator.main_process_first():  # one process downloads, the others use the cache
             self.task = load_task(config) if task is None else task
             self.own_model = model is not None
@@ -352,9 +354,11 @@ class Trainer:
         return read_result(self.out)
 
     def save(self) -> None:
-        """Write a checkpoint. :meth:`restore` returns to exactly this point of the training."""
+        """Write a checkpoint, unless they are off. :meth:`restore` returns to exactly this point of the training."""
         from accelerate.utils import gather_object
 
+        if not self.checkpoints:
+            return
         own = {"totals": self.totals.cpu(), "random": random_state()}
         state = {
             "config": self.config.to_dict(),

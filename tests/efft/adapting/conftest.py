@@ -13,16 +13,16 @@ import efft
 from efft.adapting.inject import adapter_of
 
 Make = Callable[..., nn.Module]
+#: Settings that train all biases and norms.
+ALL: dict[str, Any] = {"rank": 4, "bias": "all", "norms": True, "dropout": 0.0}
 
 
 @pytest.fixture
 def trained(tiny_vit: Make, randomize: Make) -> Make:
     """Return an adapted tiny ViT in eval mode whose trained biases and norms differ from those of the base."""
 
-    settings: dict[str, Any] = {"rank": 4, "bias": "all", "norms": True, "dropout": 0.0}
-
     def make(**changes: Any) -> nn.Module:
-        model = randomize(efft.apply(tiny_vit().eval(), efft.EfftConfig(**{**settings, **changes})), 0.3)
+        model = randomize(efft.apply(tiny_vit().eval(), efft.EfftConfig(**{**ALL, **changes})), 0.3)
         generator = torch.Generator().manual_seed(3)
         parameters = dict(model.named_parameters())
         with torch.no_grad():

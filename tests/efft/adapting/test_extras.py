@@ -17,10 +17,9 @@ from torch import Tensor, nn
 import efft
 from efft.adapting.inject import adapter_of
 from efft.planning.extras import is_norm
+from tests.efft.adapting.conftest import ALL
 
 Make = Callable[..., nn.Module]
-
-ALL: dict[str, Any] = {"rank": 4, "bias": "all", "norms": True, "dropout": 0.0}
 
 
 class Rms(nn.Module):

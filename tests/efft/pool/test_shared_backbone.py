@@ -405,3 +405,10 @@ def test_checkpointing_is_refused(member: Make, images: Tensor) -> None:
     outputs = shared({"a": images, "b": images})
     with pytest.raises(RuntimeError, match="Activation checkpointing does this in the backward pass"):
         sum(y.sum() for y in outputs.values()).backward()
+
+
+def test_layers_that_compute_more_than_an_update_are_refused(member: Make) -> None:
+    """The adapter of LoRETTA applies a nonlinearity after the layer, which the shared pass would leave out."""
+    config = methods.LoRETTAAdpConfig(targets=["attn.proj"])
+    with pytest.raises(ValueError, match="an adapter with a nonlinearity is not an update of a weight"):
+        efft.SharedBackbone({name: member(name, config) for name in "ab"})

@@ -137,7 +137,7 @@ def test_runs_that_fit_are_one_job(tiny: dict[str, Any], capsys: pytest.CaptureF
         [(task, "fixed", "final", seed) for seed in seeds] for task in ("digits", "mnist5k") for seeds in ((3, 4), (5,))
     ]
     assert jobs == [*search, *alone, *together]
-    assert runner._jobs(ready, 1) == [[run] for run in ready]
+    assert list(runner._jobs(ready, 1)) == [[run] for run in ready]
     runner._show_methods_alone(ready)
     shown = capsys.readouterr().out.splitlines()
     assert [line.partition(": one run at a time, because ")[::2] for line in shown] == [

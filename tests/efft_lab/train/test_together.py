@@ -118,3 +118,32 @@ def test_a_loss_that_is_not_finite_ends_all_runs(
             tasks=[task] * 3,
             progress=False,
         )
+
+
+def test_no_checkpoint_remains_that_a_run_alone_could_continue(
+    configs: list[TrainConfig], task: Any, make_model: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    """Its random numbers would not be those of the run, so the results would differ in silence."""
+    configs[1] = replace(configs[1], lr=1e30)
+    folders = [tmp_path / str(i) for i in range(3)]
+    with pytest.raises(FloatingPointError):
+        run_together(configs, folders, models=[make_model() for _ in configs], tasks=[task] * 3, progress=False)
+    assert all((folder / "config.json").exists() for folder in folders)
+    assert not [path for folder in folders for path in folder.rglob("checkpoint*")]
+
+
+def test_arguments_that_do_not_fit(
+    configs: list[TrainConfig], task: Any, make_model: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    folders = [tmp_path / str(i) for i in range(3)]
+    for wrong in (folders[:2], [folders[0]] * 3, [str(folders[0])] * 3):
+        with pytest.raises(ValueError, match="expected folders for 3 runs"):
+            run_together(configs, wrong)
+    with pytest.raises(ValueError, match=r"expected tasks for 3 runs .*, got 2 different"):
+        run_together(configs, folders, tasks=[task, task])
+    with pytest.raises(ValueError, match="expected folders for 0 runs"):
+        run_together([], [])
+    assert not list(tmp_path.iterdir())
+    fewer = replace(task, train=task.val)
+    with pytest.raises(ValueError, match=r"cannot be trained together: they have \[4, 2\] batches per epoch"):
+        run_together(configs[:2], folders[:2], models=[make_model(), make_model()], tasks=[task, fewer], progress=False)

@@ -232,6 +232,14 @@ def test_sums_over_tokens(dtype: torch.dtype, splits: int | None) -> None:
         assert torch.equal(sums_of(gy, h, None, None, splits=splits)[0], dG)
 
 
+def test_sums_over_tokens_of_rank_0() -> None:
+    gy, nothing = matrix(70, 33, torch.float32, 0), torch.empty(70, 0)
+    with poisoned_empty():
+        dG, dD, db = sums_of(gy, nothing, gy, nothing, need_db=True)
+    assert (dG.shape, dD.shape) == ((0, 33), (33, 0))
+    assert_close_budget(db, gy.double().sum(0), gy.sum(0), name="db")
+
+
 def test_sums_over_tokens_of_any_strides() -> None:
     tensors = [matrix(70, n, torch.float32, seed) for seed, n in enumerate((33, 9, 20, 9))]
     expected = sums_of(*tensors)
