@@ -53,8 +53,8 @@ def compare(
         jobs: number of simultaneous jobs; each gets an equal share of the processors. A job is one run, or several runs
             that are trained together.
         together: train up to this many runs in one pass through their common backbone. These runs must have the same
-            method and task and may differ only in seeds and learning rates. Only methods of efft.methods can do this,
-            and not with stochastic depth. It saves time on a GPU that a single run does not fill.
+            method and task and may differ only in seeds, learning rates and weight decays. Only methods of efft.methods
+            can do this, and not with stochastic depth. It saves time on a GPU that a single run does not fill.
         out: result file; by default, compare_NAME.jsonl in benchmarks/results (in a source checkout) or in the current
             folder (otherwise).
     """

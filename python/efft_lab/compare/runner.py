@@ -89,7 +89,7 @@ def compare(agenda: Agenda, results: Path, jobs: int = 1, data_root: str | None 
         jobs: number of simultaneous jobs. Each gets an equal share of the processors.
         data_root: folder with the files of the data sets.
         together: the largest number of runs in a job. Runs are trained together if they train the same method on the
-            same task and differ only in seeds and learning rates (:mod:`efft_lab.train.together`).
+            same task and differ only in seeds, learning rates and weight decays (:mod:`efft_lab.train.together`).
 
     Returns:
         The number of executed runs.
