@@ -5,7 +5,8 @@ and a fourth one computes y. In the backward pass, the launch that computes the 
 gradient by the slope of the GELU. Therefore the backward pass of the GELU has no launch of its own.
 
 With the environment variable ``EFFT_SM90_GENERATION`` set to 2 or 3, the sums over tokens of both layers share their
-launches. This has not run on a GPU yet and is therefore not the default.
+launches on GPUs of compute capability 9.0 and newer; on others, the shared kernel would need too many registers. This
+has not run on a GPU yet and is therefore not the default.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from efft_kernels._mlp import Layers, mlp_backward, mlp_forward
 from efft_kernels.measured import KERNELS
+from efft_kernels.triton.launch import device
 from efft_kernels.triton.tt_gelu_linear import (
     tt_gelu_linear_bwd,
     tt_gelu_linear_fwd,
@@ -44,7 +46,7 @@ def tt_mlp_fwd(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 
 def tt_mlp_bwd(gy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    if KERNELS == 1:
+    if KERNELS == 1 or device(gy.device).capability < 9:
         return mlp_backward(_LAYERS, gy, *rest)
     found: tuple[Tensor | Pending, ...] = mlp_backward(_WITHOUT_SUMS, gy, *rest)
     sums = iter(sums_over_tokens(*[part for part in found if isinstance(part, Pending)]))

@@ -11,7 +11,17 @@ triton = pytest.importorskip("triton", reason="needs the triton extra")
 if triton.knobs.runtime.interpret:
     pytest.skip("with TRITON_INTERPRET=1, Triton cannot compile kernels", allow_module_level=True)
 
-from tests.efft_kernels.triton.resource_report import SHARED_MEMORY, Form, forms, inspect, inspect_all, main, table  # noqa: E402
+from tests.efft_kernels.triton.resource_report import (  # noqa: E402
+    SHARED_MEMORY,
+    Form,
+    Report,
+    forms,
+    inspect,
+    inspect_all,
+    main,
+    read_sass,
+    table,
+)
 
 pytestmark = pytest.mark.slow  # compiles every kernel for every target
 
@@ -53,7 +63,7 @@ def test_a_form_that_a_target_never_gets_is_not_compiled() -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"warps": 4}, "spilled registers"),
+        ({"warps": 4}, "accesses to spilled registers in loops"),
         ({"stages": 6}, "bytes of shared memory, but the target has 232448"),
         ({"types": {**form(FAST).types, "A": "tensordesc<fp32[128, 64]>"}}, "does not compile"),
     ],
@@ -62,6 +72,25 @@ def test_a_form_that_a_target_never_gets_is_not_compiled() -> None:
 def test_planted_faults_are_found(changes: dict[str, object], fault: str) -> None:
     report = inspect(replace(form(FAST), estimate=None, **changes), "90")
     assert any(fault in found for found in report.faults), report
+
+
+def test_accesses_to_spilled_registers_are_located() -> None:
+    code = """
+        /*0000*/                   STL.64 [R1], R48 ;
+        /*0010*/               @P0 BRA `(.L_x_1) ;
+.L_x_0:
+        /*0020*/                   LDL.LU R2, [R1+0x8] ;
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/              @!P1 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0050*/                   LDL.LU.64 R48, [R1] ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2);
+"""
+    report = Report("a form", "80")
+    read_sass(report, code)
+    assert (report.spills, report.spills_in_loops, report.instructions["all"]) == (3, 1, 8)
 
 
 def test_products_without_tensor_cores_are_found() -> None:
