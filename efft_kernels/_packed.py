@@ -100,8 +100,10 @@ def attach(D: Tensor, G: Tensor, of_layers: Sequence[Tensor]) -> None:
 
 def find(backend: Backend, dtype: torch.dtype, D: Tensor, G: Tensor) -> Packed | None:
     """Return the packed factors in ``dtype`` of the layer that multiplies by ``D`` and ``G``; None if it has none."""
-    attached = None if torch.compiler.is_compiling() else getattr(G, _ATTRIBUTE, None)
-    if attached is None or backend not in BACKENDS:
+    if backend not in BACKENDS or torch.compiler.is_compiling():
+        return None
+    attached = getattr(G, _ATTRIBUTE, None)
+    if attached is None:
         return None
     stack, i = attached
     found: Packed | None = stack.packed(i, D, dtype)

@@ -434,7 +434,8 @@ def _place(tensor: Tensor, owners: dict[int, Tensor]) -> _Place:
     owner = owners.get(id(base))
     if owner is None:
         owner = owners[id(base)] = base.detach()
-    return owner, (tensor.shape, tensor.stride(), tensor.storage_offset()), tensor.requires_grad
+    view = () if base is tensor else (tensor.shape, tensor.stride(), tensor.storage_offset())
+    return owner, view, tensor.requires_grad
 
 
 @torch.enable_grad()

@@ -212,7 +212,8 @@ class _OwnProduct(torch.autograd.Function):
 
 def multiplies_plainly(linear: nn.Linear, W: Tensor) -> bool:
     """Return whether ``linear`` computes ``F.linear`` with a dense weight ``W``, so that a kernel can compute it."""
-    return is_plain(W) and _forward_of(type(linear)) is nn.Linear.forward
+    kind = type(linear)
+    return is_plain(W) and getattr(kind, "product", kind.forward) is nn.Linear.forward
 
 
 def _forward_of(kind: type[nn.Linear]) -> Callable[..., Tensor]:

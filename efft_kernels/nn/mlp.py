@@ -167,15 +167,16 @@ def _forward(module: Any, chain: _Chain, *args: Any, **kwargs: Any) -> Any:
     if len(args) != 1 or kwargs or type(module).forward is not chain.method or not _can_run(modules, chain):
         return type(module).forward(module, *args, **kwargs)
     (x,) = args
-    i = 0
-    while i < len(chain.names):
-        if i == chain.first and _is_input(x):
-            first, gelu, second = (modules[chain.names[k]] for k in (chain.first, chain.gelu, chain.second))
-            x = _mlp(x, first, gelu, second)
-            i = chain.second
-        else:
-            x = modules[chain.names[i]](x)
-        i += 1
+    names = chain.names
+    for name in names[: chain.first]:
+        x = modules[name](x)
+    if not _is_input(x):
+        for name in names[chain.first :]:
+            x = modules[name](x)
+        return x
+    x = _mlp(x, modules[names[chain.first]], modules[names[chain.gelu]], modules[names[chain.second]])
+    for name in names[chain.second + 1 :]:
+        x = modules[name](x)
     return x
 
 

@@ -106,6 +106,8 @@ class ProducerOutput(Tensor):
         """
         if not self.with_graph and not self.computed and torch.is_grad_enabled():
             self.computed.append((_Values.apply(self), None))
+        if not self.computed:
+            return None
         changed = {id(value): value for value, state in self.computed if _has_changed(value, state)}
         if len(changed) > 1:
             raise RuntimeError(
@@ -401,12 +403,11 @@ def _forward(module: Any, *args: Any, approximate: str | None, method: Any, **kw
         or is_transformed()
         or type(x) is not Tensor
         or x.is_inference()
-        or any(getattr(module, hooks) for hooks in _HOOKS)
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     ):
         return type(module).forward(module, *args, **kwargs)
     if isinstance(module, nn.GELU):
         approximate = module.approximate  # may have changed since the module was fused
     return ProducerOutput.of(module, x, approximate)
-
-
-_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -132,7 +132,7 @@ def tt_linear(
         y: Tensor = _FORWARD[chosen](x, W, b, *factors)[0]
         return y
     outputs = _TTLinear.apply(x, W, b, D, G, chosen)
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+    return outputs[0] if type(outputs) is tuple else outputs
 
 
 class _TTLinear(torch.autograd.Function):

@@ -265,11 +265,9 @@ class _TTMlp(torch.autograd.Function):
         approximate: str,
         backend: Backend,
     ) -> Tensor:
-        packed = [find(backend, W1.dtype, D, G) for D, G in ((D1, G1), (D2, G2))]
-        first, second = (
-            own if found is None else (found.D, found.G)
-            for found, own in zip(packed, ((D1, G1), (D2, G2)), strict=True)
-        )
+        packed = find(backend, W1.dtype, D1, G1), find(backend, W1.dtype, D2, G2)
+        first = (D1, G1) if packed[0] is None else (packed[0].D, packed[0].G)
+        second = (D2, G2) if packed[1] is None else (packed[1].D, packed[1].G)
         with no_autocast(x.device):
             y, z, h1, h2, mean, rstd = _FORWARD[backend](
                 rows_of(x), gamma, beta, eps, W1, b1, *first, W2, b2, *second, approximate
@@ -282,7 +280,7 @@ class _TTMlp(torch.autograd.Function):
             *(h1 if needs[6] else None, h2 if needs[10] else None, D1, G1, D2, G2),
         )
         ctx.eps, ctx.approximate, ctx.backend, ctx.packed = eps, approximate, backend, packed
-        ctx.biases = tuple(None if b is None else b.dtype for b in (b1, b2))
+        ctx.biases = None if b1 is None else b1.dtype, None if b2 is None else b2.dtype
         return unflatten_tokens(y, x.shape[:-1])
 
     @staticmethod
@@ -299,21 +297,20 @@ class _TTMlp(torch.autograd.Function):
             if torch.is_grad_enabled():  # this backward pass will be differentiated
                 grads = reference.tt_mlp_bwd(gy, rows, z, *norm, W1, b1, W2, D1, G1, D2, G2, ctx.approximate)
             else:
-                first, second = (
-                    own if found is None else (found.D, found.G_rows)
-                    for found, own in zip(ctx.packed, ((D1, G1), (D2, G2)), strict=True)
-                )
+                packed = ctx.packed
+                first = (D1, G1) if packed[0] is None else (packed[0].D, packed[0].G_rows)
+                second = (D2, G2) if packed[1] is None else (packed[1].D, packed[1].G_rows)
                 grads = _BACKWARD[ctx.backend](
                     *(gy, rows, z, *norm, mean, rstd, W1, W2, h1, h2, *first, *second, ctx.approximate), *needs
                 )
             dtypes = (
                 *(x.dtype, D1.dtype, G1.dtype, ctx.biases[0], D2.dtype, G2.dtype, ctx.biases[1]),
-                *(None if parameter is None else parameter.dtype for parameter in (gamma, beta)),
+                *(None if gamma is None else gamma.dtype, None if beta is None else beta.dtype),
             )
-            dx, dD1, dG1, db1, dD2, dG2, db2, dgamma, dbeta = (
+            dx, dD1, dG1, db1, dD2, dG2, db2, dgamma, dbeta = [  # a generator would take longer
                 None if grad is None or not need else grad if grad.dtype == dtype else grad.to(dtype)
                 for grad, need, dtype in zip(grads, needs, dtypes, strict=True)
-            )
+            ]
         if dx is not None and dx.shape != x.shape:
             dx = dx.view(*leading, dx.shape[-1])
         return dx, dgamma, dbeta, None, db1, dD1, dG1, None, db2, dD2, dG2, None, None, None
