@@ -14,8 +14,9 @@ from benchmarks.kinds import KINDS, ROWS, Case
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_row_is_exact(kind: str) -> None:
+    """In much smaller cases, the errors of two orders of sums may differ by more than a factor of 2 by chance."""
     for name, row in ROWS.items():
-        errors = row(Case(kind, width=64, batch=2, tokens=5, rank=4)).errors()
+        errors = row(Case(kind, width=128, batch=2, tokens=50, rank=8)).errors()
         assert errors.keys() >= {"y", "dx"}, name
         assert max(errors.values()) <= 2, (name, errors)
 

@@ -59,7 +59,12 @@ def test_each_run_ends_like_a_run_alone(
         weights = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (folder, alone)]
         assert weights[0].keys() == weights[1].keys()
         for name, value in weights[0].items():
-            torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-3, msg=name)
+            got, wanted = [
+                # The gradient of the bias of the keys is zero except for rounding errors, which AdamW amplifies.
+                torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) if name.endswith("qkv.bias") else t
+                for t in (value, weights[1][name])
+            ]
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4, msg=name)
         assert not result.model.training
 
 
