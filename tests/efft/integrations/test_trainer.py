@@ -145,14 +145,15 @@ def test_trainer_uses_the_rates_of_the_configuration(tmp_path: Path) -> None:
 
 
 def test_trainer_loads_the_best_adapter(tmp_path: Path) -> None:
-    """With this learning rate, the loss explodes after the first evaluation, so the last checkpoint is not the best."""
-    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    runner = trainer(make(), tmp_path, 6, AdapterTrainer, **best, save_steps=2, learning_rate=3.0)
+    """The loss decreases. If the highest loss counts as the best, the best checkpoint is not the last one."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    runner = trainer(make(), tmp_path, 6, AdapterTrainer, **best, **evaluation)
     runner.train()
     checkpoint = Path(runner.state.best_model_checkpoint)
     losses = {line["step"]: line["eval_loss"] for line in runner.state.log_history if "eval_loss" in line}
-    assert checkpoint.name == f"checkpoint-{min(losses, key=losses.__getitem__)}"
-    assert min(losses, key=losses.__getitem__) != 6, "the best checkpoint must not be the last one"
+    assert checkpoint.name == f"checkpoint-{max(losses, key=losses.__getitem__)}"
+    assert max(losses, key=losses.__getitem__) != 6, "the best checkpoint must not be the last one"
     assert torch.equal(logits(runner.model), logits(efft.load_adapter(make(adapted=False), checkpoint)))
 
 
