@@ -170,7 +170,10 @@ def no_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 
 class _AutocastOff:
-    """Switch autocast off on one type of device, in a fraction of the time that ``torch.autocast`` takes."""
+    """Switch autocast off on one type of device, in a fraction of the time that ``torch.autocast`` takes.
+
+    Autocast must be on when the context is entered.
+    """
 
     def __init__(self, device_type: str) -> None:
         self._device_type = device_type

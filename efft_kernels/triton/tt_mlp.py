@@ -5,8 +5,8 @@ and a fourth one computes y. In the backward pass, the launch that computes the 
 gradient by the slope of the GELU. Therefore the backward pass of the GELU has no launch of its own.
 
 With the environment variable ``EFFT_SM90_GENERATION`` set to 2 or 3, the sums over tokens of both layers share their
-launches on GPUs of compute capability 9.0 and newer; on others, the shared kernel would need too many registers. This
-has not run on a GPU yet and is therefore not the default.
+launches on GPUs of compute capability 9.0 and newer. On others, the shared kernel would spill registers in some cases.
+This has not run on a GPU yet and is therefore not the default.
 """
 
 from __future__ import annotations

@@ -49,9 +49,11 @@ from efft_kernels.triton.launch import (
 
 #: Bytes of shared memory per program, by target: compute capability times ten, or an AMD architecture.
 SHARED_MEMORY = {"80": 166912, "89": 101376, "90": 232448, "100": 232448, "gfx942": 65536}
-#: Allowed number of accesses to spilled registers outside of loops. The assembler stores a few values there and reads
-#: them again after a loop, if more programs then fit on a multiprocessor. Such accesses take no noticeable time.
+#: Allowed number of accesses to spilled registers outside of loops. The assembler may store a few values in memory
+#: before a loop and read them after it, so that more programs fit on a multiprocessor. This takes no noticeable time.
 PARKED = 8
+#: The instructions that may jump to a label of the same function.
+_JUMPS = ("BRA", "CALL", "JMP")
 #: The uses of a product whose epilogue applies the slope of a GELU, and the kind of GELU.
 SLOPES = {"backward gelu": "gelu", "backward gelu_tanh": "gelu_tanh"}
 #: The integer arguments that are not multiples of 16 in real layers.
@@ -104,8 +106,9 @@ class Report:
     """Hold the resources of one form on one target.
 
     ``spills`` is the number of accesses to spilled registers, and ``spills_in_loops`` is the number of those in loops.
-    On AMD, where the positions of the accesses are not read, both are the number of spilled registers. ``faults`` is
-    empty if the form passes. ``skipped`` is the reason why the form was not compiled, or None.
+    Code that a later instruction jumps back over counts as a loop, so the latter number may be too high. On AMD, where
+    the accesses are not read, both are the number of spilled registers. ``faults`` is empty if the form passes.
+    ``skipped`` is the reason why the form was not compiled, or None.
     """
 
     form: str
@@ -317,7 +320,7 @@ def inspect(form: Form, target: str) -> Report:
     except Exception as error:  # any compiler error is a fault of this form; continue with the others
         report.faults.append(f"does not compile: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
         return report
-    _judge(report, form)
+    judge(report, form)
     return report
 
 
@@ -373,7 +376,7 @@ def read_sass(report: Report, code: str) -> None:
         name, modifiers = instruction.groups()
         if name in ("LDL", "STL"):
             spills.append(counts["all"])
-        if name == "BRA" and (target := re.search(r"\((\.L\w+)\)", line)) and target[1] in labels:  # a jump backwards
+        if name in _JUMPS and (target := re.search(r"\((\.L\w+)\)", line)) and target[1] in labels:  # a jump backwards
             loops.append(range(labels[target[1]], counts["all"]))
         counts["all"] += 1
         for kind, pattern in _CLASSES.items():
@@ -399,13 +402,15 @@ def _read_amd(report: Report, code: str) -> None:
     }
 
 
-def _judge(report: Report, form: Form) -> None:
+def judge(report: Report, form: Form) -> None:
+    """Store the faults of a form in its report."""
     found = report.instructions
     limit = SHARED_MEMORY[report.target]
     if not found.get("all") or report.registers < 0:
         report.faults.append("nothing could be read from the compiled code")
     if report.spills_in_loops:
-        report.faults.append(f"{report.spills_in_loops} accesses to spilled registers in loops")
+        what = "spilled registers" if report.target.startswith("gfx") else "accesses to spilled registers in loops"
+        report.faults.append(f"{report.spills_in_loops} {what}")
     if report.spills - report.spills_in_loops > PARKED:
         report.faults.append(
             f"{report.spills} accesses to spilled registers, more than {PARKED} of them outside of loops"

@@ -12,12 +12,14 @@ if triton.knobs.runtime.interpret:
     pytest.skip("with TRITON_INTERPRET=1, Triton cannot compile kernels", allow_module_level=True)
 
 from tests.efft_kernels.triton.resource_report import (  # noqa: E402
+    PARKED,
     SHARED_MEMORY,
     Form,
     Report,
     forms,
     inspect,
     inspect_all,
+    judge,
     main,
     read_sass,
     table,
@@ -72,6 +74,14 @@ def test_a_form_that_a_target_never_gets_is_not_compiled() -> None:
 def test_planted_faults_are_found(changes: dict[str, object], fault: str) -> None:
     report = inspect(replace(form(FAST), estimate=None, **changes), "90")
     assert any(fault in found for found in report.faults), report
+
+
+@pytest.mark.parametrize(("spills", "faulty"), [(PARKED, False), (PARKED + 1, True)])
+def test_a_few_spilled_registers_outside_of_loops_are_allowed(spills: int, faulty: bool) -> None:
+    report = Report(FAST, "90", registers=100, spills=spills, instructions={"all": 9, "HGMMA": 1, "TMA": 1})
+    judge(report, form(FAST))
+    fault = f"{spills} accesses to spilled registers, more than {PARKED} of them outside of loops"
+    assert report.faults == ([fault] if faulty else [])
 
 
 def test_accesses_to_spilled_registers_are_located() -> None:

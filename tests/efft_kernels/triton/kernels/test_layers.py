@@ -10,6 +10,7 @@ import efft
 from efft_kernels import EfftLinear, tt_mlp, use_backend
 from efft_kernels.testing import make_inputs
 from efft_kernels.triton import tt_mlp as triton_mlp
+from efft_kernels.triton.launch import Device
 from tests.efft_kernels.triton.address_checker import checked
 
 
@@ -70,6 +71,18 @@ def test_an_mlp_of_the_second_generation(monkeypatch: pytest.MonkeyPatch, norm: 
     assert sums == (
         ["reduce_two_kernel", "finish_two_kernel"] if together else ["reduce_tokens_kernel", "finish_kernel"]
     )
+
+
+def test_an_mlp_of_the_second_generation_on_older_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below compute capability 9.0, each layer has its own launches."""
+    monkeypatch.setattr(triton_mlp, "KERNELS", 2)
+    monkeypatch.setattr(triton_mlp, "device", lambda of: Device(108, 166912, 8))
+    inputs = make_inputs("tt_mlp", tokens=70, d_in=24, d_hidden=40, d_out=20, r1=5)
+    factors = [inputs[name].requires_grad_() for name in ("D1", "G1", "D2", "G2")]
+    with checked() as names:
+        torch.autograd.grad(tt_mlp(**inputs, backend="triton").sum(), factors)
+    sums = [name for name in names if name.startswith(("reduce", "finish"))]
+    assert sums == ["reduce_tokens_kernel", "finish_kernel"] * 2
 
 
 @pytest.mark.parametrize("config", [{"variant": "efft1"}, {"dropout": 0.2}, {"core_sharing": "shared"}], ids=str)
