@@ -281,7 +281,10 @@ def finished(results: Path | None) -> set[tuple[str, str, int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study and append to ``fp8.jsonl``. Training runs that the file already contains are skipped."""
+    """Run the study and append to ``fp8.jsonl``. Training runs that the file already contains are skipped.
+
+    Therefore several processes can share the work, if they begin with different tasks or seeds.
+    """
     suite = suites.load(SUITE)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks fp8", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -293,9 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder for fp8.jsonl")
     args = parser.parse_args(arguments)
     worker.choose_attention()
-    done = finished(args.results)
     for seed, task, name in product(args.seeds, args.tasks, args.settings):
-        if not args.errors and (name, task, seed) in done:
+        if not args.errors and (name, task, seed) in finished(args.results):
             continue
         fields = configuration(task, seed)
         found = errors(TrainConfig.from_dict(fields), name) if args.errors else study(name, fields)
