@@ -217,7 +217,9 @@ def _as_one(lines: Sequence[Line], command: str) -> dict[str, list[Line]]:
     commits, tasks, seeds = (
         ", ".join(dict.fromkeys(str(line[field]) for line in lines)) for field in ("commit", "task", "seed")
     )
-    return {f"tasks {tasks}; seeds {seeds}": [{**lines[-1], "commit": commits, "command": command}]}
+    machines = " and ".join(dict.fromkeys(str(line["machine"]) for line in lines))
+    common = {"commit": commits, "machine": machines, "command": command}
+    return {f"tasks {tasks}; seeds {seeds}": [{**lines[-1], **common}]}
 
 
 #: The functions that create the tables, by table name.
