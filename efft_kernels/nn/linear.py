@@ -212,7 +212,7 @@ class _OwnProduct(torch.autograd.Function):
 
 def multiplies_plainly(linear: nn.Linear, W: Tensor) -> bool:
     """Return whether ``linear`` computes ``F.linear`` with a dense weight ``W``, so that a kernel can compute it."""
-    kind = type(linear)
+    kind = type(linear)  # _forward_of is written out here, because every call of a layer comes here
     return is_plain(W) and getattr(kind, "product", kind.forward) is nn.Linear.forward
 
 

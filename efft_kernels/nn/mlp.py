@@ -170,12 +170,11 @@ def _forward(module: Any, chain: _Chain, *args: Any, **kwargs: Any) -> Any:
     names = chain.names
     for name in names[: chain.first]:
         x = modules[name](x)
-    if not _is_input(x):
-        for name in names[chain.first :]:
-            x = modules[name](x)
-        return x
-    x = _mlp(x, modules[names[chain.first]], modules[names[chain.gelu]], modules[names[chain.second]])
-    for name in names[chain.second + 1 :]:
+    rest = names[chain.first :]
+    if _is_input(x):
+        x = _mlp(x, modules[names[chain.first]], modules[names[chain.gelu]], modules[names[chain.second]])
+        rest = names[chain.second + 1 :]
+    for name in rest:
         x = modules[name](x)
     return x
 
