@@ -59,11 +59,14 @@ EFFT_INLINE void multiply_tiles() {
 }
 
 // Loads a partial tile, which has `rows` rows (at most 16 are used) of `elements` elements, and pads it with zeros. It
-// does not read beyond the last element.
+// does not read beyond the last element. Each row is copied with one masked load, because most products of small rank
+// have only partial tiles.
 template <int REGISTER>
 void load_part(const bf16* from, int64_t row, int64_t rows, int64_t elements) {
-  alignas(64) bf16 whole[TILE][TILE_K] = {};
-  for (int64_t i = 0; i < std::min(rows, TILE); ++i) std::memcpy(whole[i], from + i * row, elements * sizeof(bf16));
+  alignas(64) bf16 whole[TILE][TILE_K];
+  const auto mask = static_cast<__mmask32>((int64_t{1} << elements) - 1);
+  for (int64_t i = 0; i < TILE; ++i)
+    _mm512_store_si512(whole[i], i < rows ? _mm512_maskz_loadu_epi16(mask, from + i * row) : _mm512_setzero_si512());
   load_tile<REGISTER>(whole[0], TILE_K);
 }
 
