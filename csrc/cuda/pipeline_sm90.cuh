@@ -145,9 +145,9 @@ template <class P>
 Operands<P> operands_of(const LowRankGemm& op) {
   const int M = static_cast<int>(op.M), N = static_cast<int>(op.N), K = static_cast<int>(op.K),
             R = static_cast<int>(op.R);
-  const Matrix& factor = P::RANKS > 0 ? op.P : op.T;  // without P, the unused map must still describe some tensor
+  // Without P, the map of the factor is not used, but it must still describe a tensor that the driver accepts.
   return {P::copy_left(op.A, M, K), P::copy_a(op.H, M, R), P::copy_b(op.B, N, K), P::copy_b(op.T, N, R),
-      P::copy_p(factor, R, P::RANKS > 0 ? K : R)};
+      P::RANKS > 0 ? P::copy_p(op.P, R, K) : P::copy_p(op.H, M, R)};
 }
 
 // Returns whether the driver has accepted a tensor map. It leaves the map of a tensor that it rejects empty.

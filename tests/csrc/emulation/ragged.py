@@ -36,13 +36,14 @@ SIZES = (
 #: Values of (tokens, d_in, d_out, rank) for tile_cases. The kernel for compute capability 9.0 chooses tiles of
 #: 192 x 192 for the first line and of 128 x 256 for the second. Each line has cases in which the kernel computes h,
 #: with few and with many columns of y or h, and cases in which it reads h. The third line adds cases for the tiles of
-#: 128 x 192 and 128 x 128, between which the third generation of kernels chooses. In the last line, the second
-#: generation computes h and chooses tiles of 128 x 256.
+#: 128 x 192 and 128 x 128, between which the third generation of kernels chooses. In the fourth line, the second
+#: generation computes h and chooses tiles of 128 x 256. In the last line, the rank is greater than the width of dx.
 TILES = (
     *((520, 264, 520, 5), (300, 72, 192, 24), (380, 264, 192, 40), (520, 264, 520, 24)),
     *((500, 520, 256, 5), (200, 136, 256, 24), (256, 200, 256, 33), (500, 520, 256, 24)),
     *((260, 192, 72, 40), (260, 256, 200, 9)),
     *((256, 520, 512, 5), (256, 520, 512, 24)),
+    (260, 24, 40, 72),
 )
 #: Values of (tokens, d_in, d_hidden, rank) for mlp_tile_cases. The third generation of kernels computes the GELU in the
 #: product of width d_hidden. The product computes h in the first two lines, with many and with few columns, and reads h
