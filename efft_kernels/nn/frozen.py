@@ -115,7 +115,7 @@ _NOT_SHARED = {
         "selected",
         "stacks",
         "layouts",
-        "learned",
+        "usual",
         "has_own_bias",
     ),
 }

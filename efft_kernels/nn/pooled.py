@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -39,30 +39,31 @@ class Selection(NamedTuple):
 Layout = int | None
 
 
-def place_of(x: Tensor, samples: int, layouts: Mapping[int, Layout], learned: bool, name: str) -> int:
+def place_of(x: Tensor, samples: int, layouts: Mapping[int, Layout], usual: Collection[int], name: str) -> int:
     """Return the dimension of ``x`` that indexes the samples, or -1 (see :data:`Layout`).
 
     Args:
         x: the input of a module.
         samples: the number of samples.
-        layouts, learned: as in :class:`PooledLinear`.
+        layouts, usual: as in :class:`PooledLinear`.
         name: the class of the module, for the error.
 
     Raises:
         ValueError: ``x`` has no such dimension, or it is not known.
     """
     rows = math.prod(x.shape[:-1])
-    if rows == samples:
+    if rows == samples or samples == 1:
         return 0
-    # This order of checks does not read ``learned`` if only the first dimension can index the samples. Code that was
+    # This order of checks does not read ``usual`` if only the first dimension can index the samples. Code that was
     # compiled for such inputs therefore stays valid when the layouts become known.
-    usual = x.shape[0] == samples and (samples not in x.shape[1:-1] or learned)
-    place = layouts.get(x.dim(), 0 if usual else None)
+    is_usual = x.shape[0] == samples and (samples not in x.shape[1:-1] or x.dim() in usual)
+    place = layouts.get(x.dim(), 0 if is_usual else None)
     if place is None or rows % samples or (place > 0 and x.shape[place] != samples):
         raise ValueError(
             f"{name}: expected the rows of {samples} samples, one after the other, got an input of "
             f"shape {list(x.shape)}; a layer that mixes samples, or is not known to keep them in order, cannot use "
-            "one adapter per sample (an uncompiled call of the whole model detects the order)"
+            "one adapter per sample (an uncompiled call of the whole model detects the order; if its samples leave the "
+            "order open, use another number of samples)"
         )
     return place
 
@@ -147,9 +148,11 @@ class PooledLinear(FrozenLayer, nn.Linear):
 
     stacks: tuple[Tensor, Tensor | None]
     layouts: dict[int, Layout]
-    """Maps the number of dimensions of an input to its :data:`Layout`, unless that is 0."""
-    learned: bool
-    """Whether ``layouts`` is known. If it is not, the samples must be in the first dimension of an input."""
+    """Maps the number of dimensions of an input to its :data:`Layout`, if it is known and not in ``usual``."""
+    usual: frozenset[int]
+    """The numbers of dimensions of the inputs whose first dimension is known to have one entry per sample.
+
+    If nothing is known about an input, this is assumed, unless another dimension is as long as the first."""
 
     read: bool
     """Whether a module around the layer is known to read the weight directly."""
@@ -162,7 +165,7 @@ class PooledLinear(FrozenLayer, nn.Linear):
 
     def __init__(self, linear: nn.Linear, selected: ContextVar[Selection | None]) -> None:
         super().__init__(linear)
-        self.selected, self.layouts, self.learned, self.read, self.has_own_bias = selected, {}, False, False, False
+        self.selected, self.layouts, self.usual, self.read, self.has_own_bias = selected, {}, frozenset(), False, False
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -230,7 +233,7 @@ class PooledLinear(FrozenLayer, nn.Linear):
         if weights is not None:
             return self.summed(x, slots, weights) if own_bias else self.summed(x, slots, weights, b, own_bias=False)
         samples = len(slots)
-        place = place_of(x, samples, self.layouts, self.learned, type(self).__name__)
+        place = place_of(x, samples, self.layouts, self.usual, type(self).__name__)
         if place == -1:
             x_of = x.reshape(-1, samples, self.in_features).transpose(0, 1)
             # [rows / samples, samples, out_features]

@@ -129,8 +129,25 @@ def adapted_layers(model: nn.Module) -> dict[str, Update]:
     The attributes of an update are ``delta_weight()`` (returns the dense update), ``evaluated()`` (returns D and G),
     ``merge()``, ``unmerge()``, ``merged`` and ``enabled``. The update of a layer is the adapted layer itself. ``model``
     may be wrapped by DDP or a similar wrapper.
+
+    Raises:
+        ValueError: the model is not adapted.
+        RuntimeError: an adapted layer was removed from the model, or replaced by another module.
     """
     model = unwrap(model)
+    present = present_layers(model)
+    lost = [name for name in adapter_of(model).layers if name not in present]
+    if lost:
+        raise RuntimeError(
+            f"{len(lost)} of {len(adapter_of(model).layers)} adapted layers, {lost[0]!r} first, were removed or "
+            "replaced after the model was adapted, so their updates have no effect: put the adapted layers back, or "
+            "call efft.remove(model), change the model (for example with resize_token_embeddings), and adapt it again"
+        )
+    return present
+
+
+def present_layers(model: nn.Module) -> dict[str, Update]:
+    """Return what :func:`adapted_layers` returns, without the layers that were removed or replaced."""
     updates = {name: find_update(model, name) for name in adapter_of(model).layers}
     return {name: update for name, update in updates.items() if update is not None}
 

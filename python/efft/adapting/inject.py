@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from efft.adapting import buffers, extras
 from efft.adapting.adapter import Adapter as Adapter
 from efft.adapting.adapter import adapted_layers as adapted_layers
 from efft.adapting.adapter import adapter_of as adapter_of
-from efft.adapting.adapter import check_not_aside, prepare, release
+from efft.adapting.adapter import check_not_aside, prepare, present_layers, release
 from efft.adapting.adapter import named_factors as named_factors
 from efft.adapting.heads import find_head, is_language_model
 from efft.adapting.loading import check_base_known, hooks_for
@@ -148,7 +148,7 @@ def remove(model: nn.Module) -> nn.Module:
 
     The original layers are restored, and so are the exact values of the buffers, biases and norms that training
     changed. Parameters that required gradients before :func:`apply` require gradients again. The head keeps its trained
-    values. A merged model is unmerged first.
+    values. A merged model is unmerged first. Modules that have replaced adapted layers stay as they are.
 
     Returns:
         The same ``model``.
@@ -163,10 +163,12 @@ def remove(model: nn.Module) -> nn.Module:
     adapter = adapter_of(model)
     check_not_aside(adapter, "remove")
     check_whole(model, "remove")
-    check_stored(adapted_layers(model), "remove")
-    check_base_known(model, adapter)
+    present = present_layers(model)
+    check_stored(present, "remove")
+    base_extras = _without_lost(model, adapter._base_extras, set(adapter.layers) - present.keys())
+    check_base_known(model, adapter, base_extras)
     with hooks_aside(model) as aside:
-        put_in = {n: u for n, u in adapted_layers(model).items() if isinstance(u, AdaptedLayer)}
+        put_in = {n: u for n, u in present.items() if isinstance(u, AdaptedLayer)}
         changed = [name for name, layer in put_in.items() if "forward" in layer.__dict__]
         if changed:
             raise ValueError(
@@ -181,13 +183,21 @@ def remove(model: nn.Module) -> nn.Module:
     for hook in adapter._hooks:
         hook.remove()
     buffers.put_back(model, adapter.head, adapter._base_buffers)
-    extras.put_back(model, adapter._base_extras)
+    extras.put_back(model, base_extras)
     for module in adapter._still:
         module.training = model.training
     del model.efft
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(adapter._requires_grad.get(name, parameter.requires_grad))
     return model
+
+
+def _without_lost(model: nn.Module, base: dict[str, Tensor], lost: set[str]) -> dict[str, Tensor]:
+    """Return ``base``, without the biases and norms that the model does not have any more if it lost these layers."""
+    if not lost:
+        return base
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {n: value for n, value in base.items() if n in parameters and n.rpartition(".")[0] not in lost}
 
 
 @contextmanager
@@ -204,7 +214,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     wrapper, model = model, unwrap(model)
     adapter = adapter_of(model)
-    check_base_known(model, adapter)
+    check_base_known(model, adapter, adapter._base_extras)
     merged = [update for update in adapted_layers(model).values() if update.merged]
     for update in merged:
         update.unmerge()
@@ -308,7 +318,7 @@ def _check_present(model: nn.Module, names: Iterable[str], aside: Aside) -> None
 
 def _enable(model: nn.Module, adapter: Adapter, enabled: bool) -> None:
     adapter.enabled = enabled
-    for layer in adapted_layers(model).values():
+    for layer in present_layers(model).values():
         layer.enabled = enabled
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from efft.adapting.experts import intercept
+from efft.adapting.wrappers import unwrap
 from efft.config import AdapterConfig
 from efft.planning.structure import Weight
 from efft_kernels import FactorBank
@@ -71,11 +72,11 @@ def locate(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         module = model.get_submodule(name)
     except AttributeError:
         owner, _, parameter = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module = unwrap(model.get_submodule(owner))
         if parameter not in module._parameters:
             raise
         return module, parameter
-    return module, "weight"
+    return unwrap(module), "weight"
 
 
 def updates_by_parameter(model: nn.Module) -> dict[str, Update]:
@@ -90,8 +91,11 @@ def updates_by_parameter(model: nn.Module) -> dict[str, Update]:
 
 
 def find_update(model: nn.Module, name: str) -> Update | None:
-    """Return the update of the weight ``name``, or None if it has none."""
-    module, parameter = locate(model, name)
+    """Return the update of the weight ``name``, or None if it has none or if the model does not have this weight."""
+    try:
+        module, parameter = locate(model, name)
+    except AttributeError:
+        return None
     if isinstance(module, AdaptedLayer):
         return module
     found: Update | None = getattr(module, "adapted_parameters", {}).get(parameter)

@@ -93,7 +93,7 @@ class AdapterPool:
         self._hook = model.register_forward_pre_hook(
             functools.partial(check_batch, self._selected, self._learn_layouts), prepend=True, with_kwargs=True
         )
-        self._layouts: dict[str, Layouts] | None = None
+        self._layouts = Layouts()
         self._attempts = 3  # remaining attempts to find where the inputs of the layers contain the samples (_layouts)
         self._changing = threading.RLock()  # adapters are added one at a time, but calls of the model do not wait
         self._lock = threading.RLock()
@@ -343,16 +343,15 @@ class AdapterPool:
             return self.model
 
     def _learn_layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
-        """Find which dimension of each layer's input indexes the samples, before the first call with a list."""
+        """Find which dimension of each layer's input indexes the samples, in the first calls with a list."""
         if samples < 2 or self._attempts < 1:
             return
         with self._changing:
-            found = find_layouts(self._twin, args, kwargs, samples) if self._attempts > 0 else None
-            self._attempts -= 1
-            if found is not None:
-                self._layouts, self._attempts = found, 0
-                for name, layer in self._layers.items():
-                    layer.layouts, layer.learned = found.get(name, {}), True
+            if self._attempts < 1:  # another thread was faster
+                return
+            find_layouts(self._twin, args, kwargs, samples, self._layouts)
+            self._attempts = 0 if self._layouts.complete else self._attempts - 1
+            self._layouts.tell(self._layers)
 
     def _select(
         self, adapters: str | Mapping[str, float] | Sequence[str | None] | FixedBatch | None
@@ -451,8 +450,7 @@ class AdapterPool:
             )
         for layer, pooled in layers.items():
             pooled.stacks = (stacks[layer, 0], stacks.get((layer, 1)))
-            if self._layouts is not None and not pooled.learned:
-                pooled.layouts, pooled.learned = self._layouts.get(layer, {}), True
+        self._layouts.tell(layers)
         new: dict[nn.Module, nn.Module] = {originals[n]: layers[n] for n in layers if n not in self._layers}
         if new:
             replace_modules(self.model, new)

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +21,28 @@ from efft_kernels.nn.pooled import Layout, Selection
 #: the effect of another input is larger.
 _CHANGE = 1e-3
 
-#: Maps the number of dimensions of an input to the dimension that indexes the samples
-#: (:data:`efft_kernels.nn.pooled.Layout`).
-Layouts = dict[int, Layout]
+_UNKNOWN, _USUAL = -2, -3
+
+
+@dataclass
+class Layouts:
+    """The dimensions that index the samples in the inputs of layers, as far as they are known.
+
+    Attributes:
+        of: maps the name of a layer, and the number of dimensions of an input, to the
+            :data:`efft_kernels.nn.pooled.Layout`, or to ``_USUAL`` if the first dimension has one entry per sample.
+        complete: whether the model has run on inputs from which the layouts of all layers were found.
+    """
+
+    of: dict[str, dict[int, Layout]] = field(default_factory=dict)
+    complete: bool = False
+
+    def tell(self, layers: Mapping[str, Any]) -> None:
+        """Set ``layouts`` and ``usual`` of these layers (:class:`efft_kernels.nn.pooled.PooledLinear`)."""
+        for name, layer in layers.items():
+            known = self.of.get(name, {})
+            layer.layouts = {n: layout for n, layout in known.items() if layout != _USUAL}
+            layer.usual = frozenset(n for n, layout in known.items() if layout == _USUAL)
 
 
 @torch.no_grad()
@@ -31,25 +51,23 @@ def find_layouts(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     samples: int,
+    layouts: Layouts,
     kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
     separate: bool = False,
-) -> dict[str, Layouts] | None:
+) -> None:
     """Find the dimension that indexes the samples in the inputs of each layer of ``model`` of one of the ``kinds``.
 
     The model runs twice: on the given inputs, and on the same inputs with another first sample. The rows of a layer's
-    input that change belong to the first sample.
+    input that change belong to the first sample. Nothing is found if the inputs cannot be changed, if the model does
+    not run on them, or if the two runs call different layers.
 
     Args:
         model: the model, which runs without dropout and without gradients.
         args, kwargs: inputs of the model. The first dimension of each tensor is the batch of ``samples``.
         samples: the number of samples, at least 2.
+        layouts: what is known already. The function adds what it finds.
         kinds: the classes of the layers.
         separate: whether no output of a sample may depend on other samples.
-
-    Returns:
-        A dict from the name of each layer to its :data:`Layouts`, without the entries that are unknown or that are the
-        first dimension. The result is None if the inputs cannot be changed, if the model does not run on them, or if
-        the two runs call different layers.
 
     Raises:
         ValueError: ``separate`` is set, and an output of other samples than the first changes.
@@ -58,7 +76,7 @@ def find_layouts(
     other_kwargs = {key: _change_first_sample(x, samples) for key, x in kwargs.items()}
     pairs = zip((*args, *kwargs.values()), (*other_args, *other_kwargs.values()), strict=True)
     if not any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
-        return None
+        return
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     try:
@@ -69,24 +87,26 @@ def find_layouts(
             first, output = _run(model, *copy.deepcopy((tuple(args), dict(kwargs))), kinds)
             second, other_output = _run(model, *copy.deepcopy((other_args, other_kwargs)), kinds)
     except Exception:  # if the inputs are wrong, the actual call of the model reports the error
-        return None
+        return
     finally:
         for module, mode in modes.items():
             module.training = mode
     if separate:
         _check_separate(output, other_output, samples)
     if [(name, shape) for name, shape, _, _ in first] != [(name, shape) for name, shape, _, _ in second]:
-        return None
-    found: dict[str, Layouts] = {}
+        return
+    told = []
     for (name, shape, before, size), (_, _, after, _) in zip(first, second, strict=True):
-        unchanged = (after - before).abs() <= _CHANGE * size
+        if math.prod(shape[:-1]) == samples:  # the layout makes no difference, and the next input may have more rows
+            continue
+        unchanged = ((after - before).abs() <= _CHANGE * size).all(1)
         layout = _layout(shape, ~unchanged, samples)
-        if layout != _UNKNOWN and math.prod(shape[:-1]) != samples:
+        told.append(layout != _UNKNOWN)
+        if layout != _UNKNOWN:
             entry = _USUAL if layout == 0 and shape[0] == samples else layout
-            layouts = found.setdefault(name, {})
-            layouts[len(shape)] = entry if layouts.get(len(shape), entry) == entry else None
-    unusual = {name: {n: x for n, x in layouts.items() if x != _USUAL} for name, layouts in found.items()}
-    return {name: layouts for name, layouts in unusual.items() if layouts}
+            known = layouts.of.setdefault(name, {})
+            known[len(shape)] = entry if known.get(len(shape), entry) == entry else None
+    layouts.complete = bool(told) and all(told)
 
 
 def _change_first_sample(x: Any, samples: int) -> Any:
@@ -123,8 +143,8 @@ def _run(
 ) -> tuple[_Run, Any]:
     """Run the model, and return a record of every call of a layer, and the output.
 
-    Each entry of the record is (name of the layer, shape of the input, product of each row with a fixed vector [rows],
-    norm of the largest row).
+    Each entry of the record is (name of the layer, shape of the input, products of each row with a few fixed vectors
+    [rows, vectors], norm of the largest row).
     """
     calls: _Run = []
 
@@ -132,8 +152,9 @@ def _run(
         def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0]
             rows = x.reshape(-1, x.shape[-1]).float()
-            direction = torch.arange(x.shape[-1], device=x.device, dtype=torch.float32).mul(0.7).cos()
-            calls.append((name, x.shape, rows @ direction, rows.norm(dim=1).amax() if len(rows) else rows.sum()))
+            # One product may be nearly equal for different rows.
+            directions = torch.outer(torch.arange(x.shape[-1]), torch.tensor([0.7, 1.3, 1.9, 2.6])).cos().to(x.device)
+            calls.append((name, x.shape, rows @ directions, rows.norm(dim=1).amax() if len(rows) else rows.sum()))
 
         return hook
 
@@ -148,26 +169,26 @@ def _run(
     return calls, output
 
 
-_UNKNOWN, _USUAL = -2, -3
-
-
 def _layout(shape: torch.Size, changed: Tensor, samples: int) -> Layout:
     """Return the dimension that indexes the samples in an input, given the rows that changed with the first sample.
 
-    The result is None if no dimension fits, and ``_UNKNOWN`` if several dimensions fit and none of them fits exactly.
+    The result is None if no dimension fits. It is ``_UNKNOWN`` if no row changed, or if several dimensions fit and none
+    of them fits exactly.
     """
     rows, sizes = math.prod(shape[:-1]), shape[:-1]
     places: dict[int, Tensor] = {}
     if rows % samples == 0:
         number = torch.arange(rows, device=changed.device)
-        places[0] = number < rows // samples
-        for dim, size in enumerate(sizes):
-            if dim and size == samples:
-                places[dim] = number // math.prod(sizes[dim + 1 :]) % samples == 0
-        places[-1] = number % samples == 0
+        inner = [dim for dim, size in enumerate(sizes) if dim and size == samples]
+        dims = {dim: number // math.prod(sizes[dim + 1 :]) % samples == 0 for dim in inner}
+        for place, of_first in {0: number < rows // samples, **dims, -1: number % samples == 0}.items():
+            if not any(torch.equal(of_first, other) for other in places.values()):
+                places[place] = of_first
+    if not changed.any():
+        return _UNKNOWN
     fitting = [place for place, expected in places.items() if not (changed & ~expected).any()]
     exact = [place for place in fitting if torch.equal(places[place], changed)]
-    if not fitting or not changed.any():
+    if not fitting:
         return None
     return exact[0] if exact else fitting[0] if len(fitting) == 1 else _UNKNOWN
 

@@ -130,7 +130,8 @@ class Each(nn.Module):
         super().__init__()
         self.running, self.own = running, dict(modules)
         self.layouts: dict[int, Layout] = {}
-        self.learned = self.probing = False
+        self.usual: frozenset[int] = frozenset()
+        self.probing = False
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute that is equal in all modules, such as the width of a norm.
@@ -163,7 +164,7 @@ class Each(nn.Module):
             return first
         samples = len(parts.numbers)
         kind = type(next(iter(self.own.values()))).__name__
-        place = place_of(x, samples, self.layouts, self.learned, kind)
+        place = place_of(x, samples, self.layouts, self.usual, kind)
         if place < 0 or x.shape[place] % samples:
             raise ValueError(
                 f"{kind}: expected an input in which one dimension indexes the {samples} samples, got {list(x.shape)}"

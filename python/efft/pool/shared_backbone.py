@@ -18,7 +18,7 @@ from efft.adapting.optimizing import parameter_groups
 from efft.adapting.placing import linear_layers
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import check_unwrapped
-from efft.pool.batches import find_layouts
+from efft.pool.batches import Layouts, find_layouts
 from efft.pool.joint import Each, JointDelta, Parts, Running
 from efft.pool.selecting import to_device
 from efft.pool.twin import twin_of
@@ -76,7 +76,8 @@ class SharedBackbone(nn.Module):
             raise ValueError(f"SharedBackbone: expected a seed for each of {self._names}, got {sorted(seeds)}")
         self._streams = None if seeds is None else {name: self._stream_from(seed) for name, seed in seeds.items()}
         self._running: Running = ContextVar("running", default=None)
-        self._attempts = 3  # to find the order of the samples
+        self._layouts = Layouts()
+        self._attempts = 3  # remaining attempts to find where the inputs of the layers contain the samples (_layouts)
         self.backbone = self._build()
 
     @property
@@ -242,22 +243,19 @@ class SharedBackbone(nn.Module):
         return Parts(list(sizes), list(sizes.values()), to_device(numbers, torch.int64, device), each)
 
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
-        """Find the place of the samples in the inputs of the joint layers, before the first pass."""
+        """Find the place of the samples in the inputs of the joint layers, in the first passes."""
         if samples < 2 or self._attempts < 1:
             return
         joint: dict[str, Any] = {n: m for n, m in self.backbone.named_modules() if isinstance(m, (JointDelta, Each))}
         for module in joint.values():
             module.probing = True
         try:
-            found = find_layouts(self.backbone, args, kwargs, samples, (JointDelta, Each), separate=True)
+            find_layouts(self.backbone, args, kwargs, samples, self._layouts, (JointDelta, Each), separate=True)
         finally:
             for module in joint.values():
                 module.probing = False
-        self._attempts -= 1
-        if found is not None:
-            self._attempts = 0
-            for name, module in joint.items():
-                module.layouts, module.learned = found.get(name, {}), True
+        self._attempts = 0 if self._layouts.complete else self._attempts - 1
+        self._layouts.tell(joint)
 
     # --- random numbers -----------------------------------------------------------------------------------------------
 

@@ -71,11 +71,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         OSError: the disk is full, or permission is missing. After every error, the folder still holds the earlier
             adapter.
         RuntimeError: rank 0 could not write (raised in the other processes), or the model is within a block of
-            :func:`efft.disabled` that has replaced trained biases, norms or buffers.
+            :func:`efft.disabled` that has replaced trained biases, norms or buffers, or an adapted layer was replaced.
     """
     model = unwrap(model)
     adapter, folder = adapter_of(model), Path(path)
     check_not_aside(adapter, "save_adapter")
+    adapted_layers(model)  # raises RuntimeError if the model has lost one
     reshard(model)
     others = buffers.changed(model, adapter.head, adapter._base_buffers)
     trained = _adapter_tensors(model, adapter) | others

@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,6 +209,42 @@ def test_apply_again_after_remove(tiny_vit: Make, images: Tensor, randomize: Mak
     efft.apply(model, efft.EfftConfig(rank=2, variant="efft1"))
     assert torch.equal(model(images), base)
     assert list(model.efft) == ["joint"]
+
+
+def _replace(model: nn.Module) -> None:
+    old = model.blocks[0].mlp.fc1
+    model.blocks[0].mlp.fc1 = nn.Linear(old.in_features, old.out_features)
+
+
+def _drop(model: nn.Module) -> None:
+    model.blocks = model.blocks[1:]
+
+
+@pytest.mark.parametrize("config", [{}, {"bias": "all", "norms": True}], ids=["factors", "biases and norms"])
+@pytest.mark.parametrize("lose", [_replace, _drop], ids=["replaced", "removed"])
+def test_adapted_layers_that_the_model_lost_are_reported(
+    lose: Callable[[nn.Module], None], config: dict[str, Any], tiny_vit: Make, images: Tensor, tmp_path: Path
+) -> None:
+    """The update of such a layer has no effect, so results and files would not contain it."""
+    model = efft.apply(tiny_vit().eval(), efft.EfftConfig(rank=4, **config))
+    model(images)
+    lose(model)
+    kept = copy.deepcopy(model.blocks[0])
+    operations: list[Callable[[], Any]] = [
+        lambda: model(images),
+        lambda: efft.merge(model),
+        lambda: efft.merged_state_dict(model),
+        lambda: efft.save_adapter(model, tmp_path / "adapter"),
+        lambda: efft.adapted_layers(model),
+    ]
+    for operation in operations:
+        with pytest.raises(RuntimeError, match=r"adapted layers, 'blocks\.\S+' first, were removed or replaced"):
+            operation()
+    assert not (tmp_path / "adapter").exists()
+    efft.remove(model)
+    assert not any(isinstance(module, EfftLinear) for module in model.modules())
+    assert torch.equal(model.blocks[0].mlp.fc1.bias, kept.mlp.fc1.bias)
+    model(images)
 
 
 def test_remove_from_a_plain_model(tiny_vit: Make, unchanged: Unchanged) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import efft
-from efft.pool.batches import find_layouts
+from efft.pool.batches import Layouts, find_layouts
 
 Make = Callable[..., nn.Module]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 32}
@@ -108,6 +108,93 @@ def test_parts_called_alone(order: str, randomize: Make) -> None:
     torch.testing.assert_close(y[1:2], alone["b"](x[1:2]), rtol=1e-4, atol=1e-5)
 
 
+class SequenceFirst(nn.Module):
+    """Apply two residual layers to token ids or to vectors [batch, sequence], as [sequence, batch, 8] inside."""
+
+    def __init__(self, vectors: bool) -> None:
+        super().__init__()
+        self.embedding: nn.Module = nn.Linear(5, 8) if vectors else nn.Embedding(16, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.embedding(x).transpose(0, 1)
+        for layer in self.layers:
+            y = y + layer(y).sin()
+        return y.mean(0)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["pool", "shared backbone"])
+def test_samples_of_which_only_some_rows_change(shared: bool, randomize: Make) -> None:
+    """Padding at the end of the first sample does not change if the order of its tokens is changed."""
+    config = efft.EfftConfig(targets=["layers.*"], rank=2, head=[])
+    pool, alone = pooled(seeded(lambda: SequenceFirst(vectors=False)), randomize, config)
+    ids = torch.tensor([[5, 6, 0, 0], [3, 4, 7, 8], [9, 10, 11, 2], [12, 13, 14, 1]])
+    with torch.no_grad():
+        expected = torch.cat([alone["a"](ids[:2]), alone["b"](ids[2:])])
+        if shared:
+            parts = efft.SharedBackbone({name: alone[name] for name in "ab"})({"a": ids[:2], "b": ids[2:]})
+            y = torch.cat([parts["a"], parts["b"]])
+        else:
+            with pool.use(["a", "a", "b", "b"]):
+                y = pool.model(ids)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_first_batch_of_single_tokens(randomize: Make) -> None:
+    """With one token per sample, every order of the rows is the same, so the next batch must determine the order."""
+    config = efft.EfftConfig(targets=["layers.*"], rank=2, head=[])
+    pool, alone = pooled(seeded(lambda: SequenceFirst(vectors=True)), randomize, config)
+    x = torch.randn(4, 4, 5)
+    names = ["a", "b", "b", "a"]
+    with torch.no_grad(), pool.use(names):
+        pool.model(x[:, :1])
+        y = pool.model(x)
+        expected = torch.cat([alone[name](x[i : i + 1]) for i, name in enumerate(names)])
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_order_that_the_batch_leaves_open_is_refused(randomize: Make) -> None:
+    """Another order of equal tokens is the same sample, so nothing shows where the rows of a sample are."""
+    config = efft.EfftConfig(targets=["layers.*"], rank=2, head=[])
+    pool, alone = pooled(seeded(lambda: SequenceFirst(vectors=False)), randomize, config)
+    ids = torch.tensor([[3, 3, 3], [4, 5, 6], [7, 8, 9]])
+    with torch.no_grad(), pool.use(["a", "b", "a"]):
+        with pytest.raises(ValueError, match="use another number of samples"):
+            pool.model(ids)
+        longer = torch.cat([ids, ids + 3], 1)
+        y = pool.model(longer)
+    torch.testing.assert_close(y[1:2], alone["b"](longer[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_rows_of_a_single_sample(randomize: Make) -> None:
+    """All rows belong to the only sample, even if it is divided into windows in the first dimension."""
+    pool, alone = pooled(
+        seeded(lambda: Rows("windows")), randomize, efft.EfftConfig(targets=["linear"], rank=2, head=[])
+    )
+    x = torch.randn(1, 6, 8)
+    with torch.no_grad(), pool.use(["b"]):
+        torch.testing.assert_close(pool.model(x), alone["b"](x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_input_that_the_first_sample_does_not_change(randomize: Make) -> None:
+    """The layer reads the sums of the tokens, which do not depend on their order. The first dimension is assumed."""
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.linear = nn.Embedding(16, 8), nn.Linear(8, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x: Tensor = self.embedding(ids)
+            return self.linear(x.sum(1, keepdim=True).expand_as(x)).sin()
+
+    pool, alone = pooled(seeded(Sums), randomize, efft.EfftConfig(targets=["linear"], rank=2, head=[]))
+    ids = torch.randint(16, (2, 3))
+    with torch.no_grad(), pool.use(["a", "b"]):
+        y = pool.model(ids)
+    torch.testing.assert_close(y[1:], alone["b"](ids[1:]), rtol=1e-4, atol=1e-5)
+
+
 def language_model() -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'efft-kernels[hf]'")
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))  # type: ignore[no-any-return]
@@ -131,7 +218,10 @@ def test_finding_the_order_changes_nothing(tiny_vit: Make, images: Tensor) -> No
     model = nn.Sequential(nn.BatchNorm2d(3), tiny_vit(drop_rate=0.5)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    assert find_layouts(model, (images,), {}, len(images)) == {}
+    layouts = Layouts()
+    find_layouts(model, (images,), {}, len(images), layouts)
+    assert layouts.of
+    assert layouts.complete
     assert torch.equal(torch.get_rng_state(), random)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -148,5 +238,8 @@ def test_finding_the_order_changes_nothing(tiny_vit: Make, images: Tensor) -> No
     ids=["masks", "all the same", "other things", "what does not fit"],
 )
 def test_inputs_that_tell_nothing(inputs: tuple[Any, ...], error: AbstractContextManager[None]) -> None:
+    layouts = Layouts()
     with error:
-        assert find_layouts(Rows("rows"), inputs, {}, 3) is None
+        find_layouts(Rows("rows"), inputs, {}, 3, layouts)
+    assert not layouts.of
+    assert not layouts.complete
