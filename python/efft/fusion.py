@@ -19,7 +19,8 @@ def fuse(model: nn.Module) -> list[str]:
     a third of the memory that a transformer block needs for the backward pass, and each output is computed once more.
     If a module does nothing but call two adapted layers with a GELU between them, one op computes all of them. Results
     are equal up to rounding. Parameters, names and saved files do not change. :func:`unfuse` and ``efft.remove`` undo
-    the fusion.
+    the fusion. A change of a norm's parameters through ``.data`` is not noticed, and affects outputs of the norm that
+    have not been read yet.
 
     Code that ``torch.compile`` compiles is not affected. Under ``torch.inference_mode()``, LayerNorms and GELUs run
     separately, as before, because torch does not count the changes of the tensors that they would read later. Use

@@ -251,15 +251,15 @@ class AdapterPool:
                   :meth:`add_mix`.
                 - With a list of names, each sample has its own adapter, or the base for None. Sample i is entry i of
                   the first dimension of the batch. The first call of the model with a list of several names runs the
-                  base two more times, to find which dimension of each layer's input indexes the samples. Compiled code
-                  does not do this.
+                  base two more times, to find which dimension of each layer's input indexes the samples. If its inputs
+                  leave this open, up to two more calls do the same. Compiled code does not do this.
                 - With a :meth:`fixed_batch`, each sample uses the adapter that was selected for it last.
                 - With None, all samples use the base.
 
         Raises:
             ValueError: an adapter does not exist, the list or mix is empty, a weight is not a finite number, or an
                 adapter in a list has its own biases or norms. A call of the model raises this error if the batch has
-                another size, or if a layer mixes samples.
+                another size, or if a layer mixes samples or its input does not show where they are.
         """
         with self._lock:
             selection, names = self._select(adapters)
