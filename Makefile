@@ -19,7 +19,7 @@ RUN := $(BIN)/python -m
 TESTS := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -p no:benchmark
 # Clear this variable of the caller, so that Python writes bytecode files and later test processes can load them.
 export PYTHONDONTWRITEBYTECODE :=
-# The tests of the emulated CUDA kernels take about 15 minutes. Only `make check-cuda` runs them.
+# The tests of the emulated CUDA kernels take up to an hour. Only `make check-cuda` runs them.
 UNEMULATED := --ignore tests/csrc/test_emulated.py
 # These tests run separately in Triton's interpreter, because a process can either interpret or compile kernels.
 IN_TRITONS_INTERPRETER := tests/efft_kernels/ops tests/efft_kernels/triton
@@ -59,9 +59,9 @@ check-triton: $(VENV)/.efft-dev ## With the oldest supported Triton, test the ke
 check-native: $(VENV)/.efft-dev ## Run static checks on csrc/cpu, and its tests under the sanitizers, in minutes
 	PATH="$(abspath $(BIN)):$$PATH" $(RUN) tests.csrc.cpu.check sanitizers $(ARGS)
 
-check-cuda: $(VENV)/.efft-dev ## Without a GPU, test the CUDA kernels in the emulator and compile them, in half an hour
+check-cuda: $(VENV)/.efft-dev ## Without a GPU, test the CUDA kernels in the emulator and compile them, in an hour or less
 	$(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
-	$(RUN) pytest tests/csrc/test_emulated.py $(ARGS)
+	$(TESTS) tests/csrc/test_emulated.py $(ARGS)
 	$(RUN) tests.csrc.emulation.build build/emulated
 	for kernels in 8-1 9-1 9-3; do \
 	  EFFT_EMULATION_CAPABILITY=$${kernels%-*} EFFT_SM90_GENERATION=$${kernels#*-} EFFT_EMULATED_CUDA=$(abspath build/emulated/emulated.so) \
