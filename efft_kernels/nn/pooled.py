@@ -62,8 +62,8 @@ def place_of(x: Tensor, samples: int, layouts: Mapping[int, Layout], usual: Coll
         raise ValueError(
             f"{name}: expected the rows of {samples} samples, one after the other, got an input of "
             f"shape {list(x.shape)}; a layer that mixes samples, or is not known to keep them in order, cannot use "
-            "one adapter per sample (an uncompiled call of the whole model detects the order; if its samples leave the "
-            "order open, use another number of samples)"
+            "one adapter per sample (the first uncompiled call of the whole model detects the order; if its samples do "
+            "not show the order, use another number of samples)"
         )
     return place
 

@@ -132,22 +132,23 @@ def adapted_layers(model: nn.Module) -> dict[str, Update]:
 
     Raises:
         ValueError: the model is not adapted.
-        RuntimeError: an adapted layer was removed from the model, or replaced by another module.
+        RuntimeError: the model has lost an adapted layer: it was removed, replaced by another module, or wrapped by an
+            unknown one.
     """
     model = unwrap(model)
     present = present_layers(model)
     lost = [name for name in adapter_of(model).layers if name not in present]
     if lost:
         raise RuntimeError(
-            f"{len(lost)} of {len(adapter_of(model).layers)} adapted layers, {lost[0]!r} first, were removed or "
-            "replaced after the model was adapted, so their updates have no effect: put the adapted layers back, or "
-            "call efft.remove(model), change the model (for example with resize_token_embeddings), and adapt it again"
+            f"{len(lost)} of {len(adapter_of(model).layers)} adapted layers, {lost[0]!r} first, are not at their "
+            "places: they were removed, replaced or wrapped after the model was adapted. Put them back; change a model (for "
+            "example with resize_token_embeddings) before it is adapted"
         )
     return present
 
 
 def present_layers(model: nn.Module) -> dict[str, Update]:
-    """Return what :func:`adapted_layers` returns, without the layers that were removed or replaced."""
+    """Return what :func:`adapted_layers` returns, without the layers that the model has lost."""
     updates = {name: find_update(model, name) for name in adapter_of(model).layers}
     return {name: update for name, update in updates.items() if update is not None}
 
@@ -174,7 +175,7 @@ def prepare(model: nn.Module, args: Any) -> None:
         model.training
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and any(layer.merged for layer in adapted_layers(model).values())
+        and any(layer.merged for layer in present_layers(model).values())
     ):
         warnings.warn(
             "training a merged model: its factors get no gradient; call efft.unmerge(model) first", stacklevel=2
@@ -189,13 +190,17 @@ def release(model: nn.Module, args: Any, output: Any) -> None:
         return
     if adapter.enabled and output is not None and adapter.training not in adapter._reads_checked:
         adapter._reads_checked.add(adapter.training)
-        _tell_of_dense(adapter, adapted_layers(model))
+        _tell_of_dense(adapter, present_layers(model))
     if not idle or not adapter.enabled or output is None or adapter._idle_checked:
         return
     if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()):
         adapter._idle_checked = True  # it is not known whether compiled blocks have run
         return
-    names = _never_run(adapted_layers(model), idle)
+    layers = present_layers(model)
+    bindings = [update.binding for update in layers.values()]
+    if any(all(binding is not other for other in bindings) for binding in idle):
+        layers = adapted_layers(model)  # raises RuntimeError, because the model has lost the layer of this binding
+    names = _never_run(layers, idle)
     if names:
         adapter._idle_checked = True
         warnings.warn(

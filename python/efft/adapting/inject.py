@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from efft.adapting import buffers, extras
 from efft.adapting.adapter import Adapter as Adapter
@@ -148,7 +148,7 @@ def remove(model: nn.Module) -> nn.Module:
 
     The original layers are restored, and so are the exact values of the buffers, biases and norms that training
     changed. Parameters that required gradients before :func:`apply` require gradients again. The head keeps its trained
-    values. A merged model is unmerged first. Modules that have replaced adapted layers stay as they are.
+    values. A merged model is unmerged first.
 
     Returns:
         The same ``model``.
@@ -158,17 +158,16 @@ def remove(model: nn.Module) -> nn.Module:
             layer computes its weight from other tensors, or the base's values of trained biases, norms or buffers are
             not known (because the model was on the meta device when it was adapted, or has loaded the state dict of a
             model with another base).
-        RuntimeError: the model is within a block of :func:`disabled` that has replaced biases, norms or buffers.
+        RuntimeError: the model is within a block of :func:`disabled` that has replaced biases, norms or buffers, or it
+            has lost an adapted layer (:func:`adapted_layers`). Nothing is changed.
     """
     adapter = adapter_of(model)
     check_not_aside(adapter, "remove")
     check_whole(model, "remove")
-    present = present_layers(model)
-    check_stored(present, "remove")
-    base_extras = _without_lost(model, adapter._base_extras, set(adapter.layers) - present.keys())
-    check_base_known(model, adapter, base_extras)
+    check_stored(adapted_layers(model), "remove")
+    check_base_known(model, adapter)
     with hooks_aside(model) as aside:
-        put_in = {n: u for n, u in present.items() if isinstance(u, AdaptedLayer)}
+        put_in = {n: u for n, u in adapted_layers(model).items() if isinstance(u, AdaptedLayer)}
         changed = [name for name, layer in put_in.items() if "forward" in layer.__dict__]
         if changed:
             raise ValueError(
@@ -183,21 +182,13 @@ def remove(model: nn.Module) -> nn.Module:
     for hook in adapter._hooks:
         hook.remove()
     buffers.put_back(model, adapter.head, adapter._base_buffers)
-    extras.put_back(model, base_extras)
+    extras.put_back(model, adapter._base_extras)
     for module in adapter._still:
         module.training = model.training
     del model.efft
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(adapter._requires_grad.get(name, parameter.requires_grad))
     return model
-
-
-def _without_lost(model: nn.Module, base: dict[str, Tensor], lost: set[str]) -> dict[str, Tensor]:
-    """Return ``base``, without the biases and norms that the model does not have any more if it lost these layers."""
-    if not lost:
-        return base
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {n: value for n, value in base.items() if n in parameters and n.rpartition(".")[0] not in lost}
 
 
 @contextmanager
@@ -214,8 +205,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     wrapper, model = model, unwrap(model)
     adapter = adapter_of(model)
-    check_base_known(model, adapter, adapter._base_extras)
     merged = [update for update in adapted_layers(model).values() if update.merged]
+    check_base_known(model, adapter)
     for update in merged:
         update.unmerge()
     before, aside = adapter.enabled, adapter._aside

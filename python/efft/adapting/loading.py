@@ -53,14 +53,14 @@ def hooks_for(model: nn.Module) -> list[Any]:
     ]
 
 
-def check_base_known(model: nn.Module, adapter: Adapter, base_extras: Mapping[str, Tensor]) -> None:
-    """Check that the base's values of all trained buffers are known, and so are those of biases and norms, the extras.
+def check_base_known(model: nn.Module, adapter: Adapter) -> None:
+    """Check that the base's values of all trained biases, norms and buffers are known.
 
     Raises:
         ValueError: a value is not known, because the model was on the meta device when it was adapted, or because it
             has loaded the checkpoint of a model with another base since then.
     """
-    extras.check_known(model, base_extras)
+    extras.check_known(model, adapter._base_extras)
     if adapter._unknown:
         raise ValueError(
             f"the base's values of {min(adapter._unknown)!r} are not known, because a state dict with factors and with "

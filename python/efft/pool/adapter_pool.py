@@ -350,8 +350,8 @@ class AdapterPool:
             if self._attempts < 1:  # another thread was faster
                 return
             find_layouts(self._twin, args, kwargs, samples, self._layouts)
-            self._attempts = 0 if self._layouts.complete else self._attempts - 1
             self._layouts.tell(self._layers)
+            self._attempts = 0 if self._layouts.complete else self._attempts - 1
 
     def _select(
         self, adapters: str | Mapping[str, float] | Sequence[str | None] | FixedBatch | None

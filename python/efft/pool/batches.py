@@ -59,26 +59,28 @@ def find_layouts(
 
     The model runs twice: on the given inputs, and on the same inputs with another first sample. The rows of a layer's
     input that change belong to the first sample. Nothing is found if the inputs cannot be changed, if the model does
-    not run on them, or if the two runs call different layers.
+    not run on them, if the two runs call different layers, or while a CUDA graph is captured.
 
     Args:
         model: the model, which runs without dropout and without gradients.
         args, kwargs: inputs of the model. The first dimension of each tensor is the batch of ``samples``.
         samples: the number of samples, at least 2.
-        layouts: what is known already. The function adds what it finds.
+        layouts: what is known already. The function adds what it finds, and sets ``complete``.
         kinds: the classes of the layers.
         separate: whether no output of a sample may depend on other samples.
 
     Raises:
         ValueError: ``separate`` is set, and an output of other samples than the first changes.
     """
+    device = next(model.parameters()).device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
     other_args = tuple(_change_first_sample(x, samples) for x in args)
     other_kwargs = {key: _change_first_sample(x, samples) for key, x in kwargs.items()}
     pairs = zip((*args, *kwargs.values()), (*other_args, *other_kwargs.values()), strict=True)
     if not any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
         return
     modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
     try:
         for module in modes:  # eval mode changes quantized layers permanently
             module.training = module.training and isinstance(module, nn.Linear)
@@ -101,11 +103,14 @@ def find_layouts(
             continue
         unchanged = ((after - before).abs() <= _CHANGE * size).all(1)
         layout = _layout(shape, ~unchanged, samples)
-        told.append(layout != _UNKNOWN)
+        known = layouts.of.setdefault(name, {})
+        told.append(layout != _UNKNOWN or len(shape) in known)
         if layout != _UNKNOWN:
             entry = _USUAL if layout == 0 and shape[0] == samples else layout
-            known = layouts.of.setdefault(name, {})
-            known[len(shape)] = entry if known.get(len(shape), entry) == entry else None
+            earlier = known.get(len(shape), entry)
+            if {entry, earlier} == {_USUAL, 0}:
+                entry = earlier = 0
+            known[len(shape)] = entry if earlier == entry else None
     layouts.complete = bool(told) and all(told)
 
 
@@ -153,7 +158,8 @@ def _run(
             x = inputs[0]
             rows = x.reshape(-1, x.shape[-1]).float()
             # One product may be nearly equal for different rows.
-            directions = torch.outer(torch.arange(x.shape[-1]), torch.tensor([0.7, 1.3, 1.9, 2.6])).cos().to(x.device)
+            steps = torch.tensor([0.7, 1.3, 1.9, 2.6], device=x.device, dtype=torch.float32)
+            directions = torch.outer(torch.arange(x.shape[-1], device=x.device), steps).cos()
             calls.append((name, x.shape, rows @ directions, rows.norm(dim=1).amax() if len(rows) else rows.sum()))
 
         return hook
@@ -172,20 +178,23 @@ def _run(
 def _layout(shape: torch.Size, changed: Tensor, samples: int) -> Layout:
     """Return the dimension that indexes the samples in an input, given the rows that changed with the first sample.
 
-    The result is None if no dimension fits. It is ``_UNKNOWN`` if no row changed, or if several dimensions fit and none
+    The result is None if no row changed or if no dimension fits. It is ``_UNKNOWN`` if several dimensions fit and none
     of them fits exactly.
     """
+    if not changed.any():  # the input may be the same for all samples
+        return None
     rows, sizes = math.prod(shape[:-1]), shape[:-1]
     places: dict[int, Tensor] = {}
     if rows % samples == 0:
         number = torch.arange(rows, device=changed.device)
         inner = [dim for dim, size in enumerate(sizes) if dim and size == samples]
         dims = {dim: number // math.prod(sizes[dim + 1 :]) % samples == 0 for dim in inner}
-        for place, of_first in {0: number < rows // samples, **dims, -1: number % samples == 0}.items():
+        blocks = {0: number < rows // samples}
+        # Different places may have the same rows. A dimension with one entry per sample then also fits longer inputs.
+        candidates = {**blocks, **dims} if sizes[0] == samples else {**dims, **blocks}
+        for place, of_first in {**candidates, -1: number % samples == 0}.items():
             if not any(torch.equal(of_first, other) for other in places.values()):
                 places[place] = of_first
-    if not changed.any():
-        return _UNKNOWN
     fitting = [place for place, expected in places.items() if not (changed & ~expected).any()]
     exact = [place for place in fitting if torch.equal(places[place], changed)]
     if not fitting:

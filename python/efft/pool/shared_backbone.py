@@ -254,8 +254,8 @@ class SharedBackbone(nn.Module):
         finally:
             for module in joint.values():
                 module.probing = False
-        self._attempts = 0 if self._layouts.complete else self._attempts - 1
         self._layouts.tell(joint)
+        self._attempts = 0 if self._layouts.complete else self._attempts - 1
 
     # --- random numbers -----------------------------------------------------------------------------------------------
 

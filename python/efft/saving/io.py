@@ -71,7 +71,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], info: dict[str,
         OSError: the disk is full, or permission is missing. After every error, the folder still holds the earlier
             adapter.
         RuntimeError: rank 0 could not write (raised in the other processes), or the model is within a block of
-            :func:`efft.disabled` that has replaced trained biases, norms or buffers, or an adapted layer was replaced.
+            :func:`efft.disabled` that has replaced trained biases, norms or buffers, or it has lost an adapted layer.
     """
     model = unwrap(model)
     adapter, folder = adapter_of(model), Path(path)

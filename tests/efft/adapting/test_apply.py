@@ -229,22 +229,32 @@ def test_adapted_layers_that_the_model_lost_are_reported(
     model = efft.apply(tiny_vit().eval(), efft.EfftConfig(rank=4, **config))
     model(images)
     lose(model)
-    kept = copy.deepcopy(model.blocks[0])
     operations: list[Callable[[], Any]] = [
         lambda: model(images),
         lambda: efft.merge(model),
         lambda: efft.merged_state_dict(model),
         lambda: efft.save_adapter(model, tmp_path / "adapter"),
         lambda: efft.adapted_layers(model),
+        lambda: efft.remove(model),
     ]
     for operation in operations:
-        with pytest.raises(RuntimeError, match=r"adapted layers, 'blocks\.\S+' first, were removed or replaced"):
+        with pytest.raises(RuntimeError, match=r"adapted layers, 'blocks\.\S+' first, are not at their places"):
             operation()
     assert not (tmp_path / "adapter").exists()
-    efft.remove(model)
-    assert not any(isinstance(module, EfftLinear) for module in model.modules())
-    assert torch.equal(model.blocks[0].mlp.fc1.bias, kept.mlp.fc1.bias)
-    model(images)
+
+
+def test_a_wrapped_layer_runs_but_is_not_merged(tiny_vit: Make, images: Tensor, randomize: Make) -> None:
+    """A module of another library around an adapted layer does not change the result of the layer."""
+    model = randomize(efft.apply(tiny_vit().eval(), efft.EfftConfig(rank=4, dropout=0.0)))
+    expected = model(images)
+    layer = model.blocks[0].mlp.fc1
+    model.blocks[0].mlp.fc1 = nn.Sequential(layer)
+    for training in (False, True):
+        assert torch.equal(model.train(training)(images), expected)
+    with pytest.raises(RuntimeError, match=r"'blocks.0.mlp.fc1' first, are not at their places"):
+        efft.merge(model)
+    model.blocks[0].mlp.fc1 = layer
+    efft.merge(model)
 
 
 def test_remove_from_a_plain_model(tiny_vit: Make, unchanged: Unchanged) -> None:

@@ -176,23 +176,54 @@ def test_the_rows_of_a_single_sample(randomize: Make) -> None:
         torch.testing.assert_close(pool.model(x), alone["b"](x), rtol=1e-4, atol=1e-5)
 
 
-def test_an_input_that_the_first_sample_does_not_change(randomize: Make) -> None:
-    """The layer reads the sums of the tokens, which do not depend on their order. The first dimension is assumed."""
+def test_an_input_that_all_samples_share_is_refused(randomize: Make) -> None:
+    """A buffer that has as many rows as the batch has samples does not have one row per sample."""
 
-    class Sums(nn.Module):
+    class Constant(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embedding, self.linear = nn.Embedding(16, 8), nn.Linear(8, 8)
+            self.table, self.linear = nn.Buffer(torch.randn(3, 5, 8)), nn.Linear(8, 8)
 
-        def forward(self, ids: Tensor) -> Tensor:
-            x: Tensor = self.embedding(ids)
-            return self.linear(x.sum(1, keepdim=True).expand_as(x)).sin()
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.linear(self.table).sum()
 
-    pool, alone = pooled(seeded(Sums), randomize, efft.EfftConfig(targets=["linear"], rank=2, head=[]))
-    ids = torch.randint(16, (2, 3))
-    with torch.no_grad(), pool.use(["a", "b"]):
-        y = pool.model(ids)
-    torch.testing.assert_close(y[1:], alone["b"](ids[1:]), rtol=1e-4, atol=1e-5)
+    pool, _ = pooled(seeded(Constant), randomize, efft.EfftConfig(targets=["linear"], rank=2, head=[]))
+    with pool.use(["a", "b", "a"]), pytest.raises(ValueError, match="a layer that mixes samples"):
+        pool.model(torch.randn(3, 5))
+
+
+def test_the_default_dtype_does_not_matter(randomize: Make) -> None:
+    config = efft.EfftConfig(targets=["linear"], rank=2, head=[])
+    pool, alone = pooled(seeded(lambda: Rows("sequence first")), randomize, config)
+    x = torch.randn(3, 4, 8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad(), pool.use(["a", "b", None]):
+            y = pool.model(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(y[1:2], alone["b"](x[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_leading_dimension_of_one(randomize: Make) -> None:
+    """In the first batch, the rows of a sample follow one another, because the leading dimension has one entry."""
+
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:  # [batch, frames, patches, 8]
+            return self.linear(x.transpose(0, 1).contiguous()).sin().transpose(0, 1)
+
+    pool, alone = pooled(seeded(Frames), randomize, efft.EfftConfig(targets=["linear"], rank=2, head=[]))
+    names = ["a", "b", "a"]
+    for frames in (1, 2, 3):
+        x = torch.randn(3, frames, 4, 8)
+        with torch.no_grad(), pool.use(names):
+            y = pool.model(x)
+            expected = torch.cat([alone[name](x[i : i + 1]) for i, name in enumerate(names)])
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
 def language_model() -> nn.Module:
