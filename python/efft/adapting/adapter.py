@@ -141,8 +141,8 @@ def adapted_layers(model: nn.Module) -> dict[str, Update]:
     if lost:
         raise RuntimeError(
             f"{len(lost)} of {len(adapter_of(model).layers)} adapted layers, {lost[0]!r} first, are not at their "
-            "places: they were removed, replaced or wrapped after the model was adapted. Put them back; change a model (for "
-            "example with resize_token_embeddings) before it is adapted"
+            "places: they were removed, replaced or wrapped after the model was adapted. Put them back; change a model "
+            "(for example with resize_token_embeddings) before it is adapted"
         )
     return present
 
