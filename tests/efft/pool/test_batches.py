@@ -1,8 +1,8 @@
 """Test ``efft.AdapterPool`` with a different adapter for each sample of a batch.
 
 The pool must know which rows of a layer's input belong to which sample. It finds this out by ``find_layouts`` in the
-first calls of the model. The tests cover models with different orders of rows, models that mix samples, text generation,
-and calls of :func:`find_layouts`.
+first calls of the model. The tests cover models with different orders of rows, models that mix samples, text
+generation, and calls of :func:`find_layouts`.
 """
 
 from __future__ import annotations
