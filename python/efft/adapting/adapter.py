@@ -197,8 +197,8 @@ def release(model: nn.Module, args: Any, output: Any) -> None:
         adapter._idle_checked = True  # it is not known whether compiled blocks have run
         return
     layers = present_layers(model)
-    bindings = [update.binding for update in layers.values()]
-    if any(all(binding is not other for other in bindings) for binding in idle):
+    placed = {id(update.binding) for update in layers.values()}
+    if any(id(binding) not in placed for binding in idle):
         layers = adapted_layers(model)  # raises RuntimeError, because the model has lost the layer of this binding
     names = _never_run(layers, idle)
     if names:

@@ -25,7 +25,7 @@ from efft.adapting.inject import adapted_layers, adapter_of, remove
 from efft.adapting.placing import linear_layers
 from efft.config import is_number
 from efft.hints import did_you_mean
-from efft.pool.batches import Layouts, check_batch, find_layouts
+from efft.pool.batches import Layouts, check_batch
 from efft.pool.extras import mixed, read_from_stacks, read_own, reads_from_stacks, write_extras
 from efft.pool.selecting import FixedBatch, to_device
 from efft.pool.stacks import Place, write_row
@@ -94,7 +94,6 @@ class AdapterPool:
             functools.partial(check_batch, self._selected, self._learn_layouts), prepend=True, with_kwargs=True
         )
         self._layouts = Layouts()
-        self._attempts = 3  # remaining attempts to find where the inputs of the layers contain the samples (_layouts)
         self._changing = threading.RLock()  # adapters are added one at a time, but calls of the model do not wait
         self._lock = threading.RLock()
         self._rows = capacity + 1  # row 0 belongs to the base
@@ -344,14 +343,11 @@ class AdapterPool:
 
     def _learn_layouts(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
         """Find which dimension of each layer's input indexes the samples, in the first calls with a list."""
-        if samples < 2 or self._attempts < 1:
+        if samples < 2 or self._layouts.attempts < 1:
             return
         with self._changing:
-            if self._attempts < 1:  # another thread was faster
-                return
-            find_layouts(self._twin, args, kwargs, samples, self._layouts)
-            self._layouts.tell(self._layers)
-            self._attempts = 0 if self._layouts.complete else self._attempts - 1
+            if self._layouts.attempts > 0:  # otherwise, another thread was faster
+                self._layouts.learn(self._layers, self._twin, args, kwargs, samples)
 
     def _select(
         self, adapters: str | Mapping[str, float] | Sequence[str | None] | FixedBatch | None

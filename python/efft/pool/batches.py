@@ -32,10 +32,26 @@ class Layouts:
         of: maps the name of a layer, and the number of dimensions of an input, to the
             :data:`efft_kernels.nn.pooled.Layout`, or to ``_USUAL`` if the first dimension has one entry per sample.
         complete: whether the model has run on inputs from which the layouts of all layers were found.
+        attempts: how many more calls of the model try to find them.
     """
 
     of: dict[str, dict[int, Layout]] = field(default_factory=dict)
     complete: bool = False
+    attempts: int = 3
+
+    def learn(
+        self,
+        layers: Mapping[str, Any],
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        samples: int,
+        **options: Any,
+    ) -> None:
+        """Call :func:`find_layouts` with the arguments after ``layers``, and tell the layers what is known then."""
+        find_layouts(model, args, kwargs, samples, self, **options)
+        self.tell(layers)  # before other threads see that no attempt is left
+        self.attempts = 0 if self.complete else self.attempts - 1
 
     def tell(self, layers: Mapping[str, Any]) -> None:
         """Set ``layouts`` and ``usual`` of these layers (:class:`efft_kernels.nn.pooled.PooledLinear`)."""

@@ -18,7 +18,7 @@ from efft.adapting.optimizing import parameter_groups
 from efft.adapting.placing import linear_layers
 from efft.adapting.sharding import check_whole
 from efft.adapting.wrappers import check_unwrapped
-from efft.pool.batches import Layouts, find_layouts
+from efft.pool.batches import Layouts
 from efft.pool.joint import Each, JointDelta, Parts, Running
 from efft.pool.selecting import to_device
 from efft.pool.twin import twin_of
@@ -77,7 +77,6 @@ class SharedBackbone(nn.Module):
         self._streams = None if seeds is None else {name: self._stream_from(seed) for name, seed in seeds.items()}
         self._running: Running = ContextVar("running", default=None)
         self._layouts = Layouts()
-        self._attempts = 3  # remaining attempts to find where the inputs of the layers contain the samples (_layouts)
         self.backbone = self._build()
 
     @property
@@ -244,18 +243,17 @@ class SharedBackbone(nn.Module):
 
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> None:
         """Find the place of the samples in the inputs of the joint layers, in the first passes."""
-        if samples < 2 or self._attempts < 1:
+        if samples < 2 or self._layouts.attempts < 1:
             return
         joint: dict[str, Any] = {n: m for n, m in self.backbone.named_modules() if isinstance(m, (JointDelta, Each))}
         for module in joint.values():
             module.probing = True
         try:
-            find_layouts(self.backbone, args, kwargs, samples, self._layouts, (JointDelta, Each), separate=True)
+            kinds = (JointDelta, Each)
+            self._layouts.learn(joint, self.backbone, args, kwargs, samples, kinds=kinds, separate=True)
         finally:
             for module in joint.values():
                 module.probing = False
-        self._layouts.tell(joint)
-        self._attempts = 0 if self._layouts.complete else self._attempts - 1
 
     # --- random numbers -----------------------------------------------------------------------------------------------
 
