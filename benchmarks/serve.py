@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,7 @@ from benchmarks.timing import ratios, time_rows
 from efft.graphs.capture import can_capture, capture, graphs_on
 from efft.pool.selecting import FixedBatch
 from efft_kernels import Backend, can_run, use_backend
+from efft_kernels.build import available_memory
 from efft_kernels.testing import assert_close_budget, backends
 from efft_lab.record import append, machine_facts, quantiles
 
@@ -56,14 +56,14 @@ class ManyAdapters(nn.Module):
         """Put n copies of the model's adapter into a pool.
 
         Raises:
-            RuntimeError: the memory that is free on a CPU is too small for n adapters.
+            RuntimeError: the memory that is available on a CPU is too small for n adapters.
         """
         adapter = copy.deepcopy(self.model)
         self.pool = efft.AdapterPool(efft.remove(self.model), capacity=1)
         self.pool.add("0", adapter)
         needed = self.n * self.pool.bytes_per_adapter
-        if next(adapter.parameters()).device.type == "cpu" and needed > _free_memory():
-            raise RuntimeError(f"{self.n} adapters need {needed / 2**30:.1f} GiB of memory, more than is free")
+        if next(adapter.parameters()).device.type == "cpu" and needed > available_memory():
+            raise RuntimeError(f"{self.n} adapters need {needed / 2**30:.1f} GiB of memory, more than is available")
         self.pool.detach()
         self.pool = efft.AdapterPool(self.model, capacity=self.n)
         for i in range(self.n):
@@ -136,10 +136,6 @@ def pooled(n: int) -> Callable[[nn.Module, int], nn.Module]:
     EFFT2 is the default variant of this library's method, in which the layers share the factors of their updates.
     """
     return lambda model, rank: ManyAdapters(adapted(model, rank), n)
-
-
-def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -280,11 +281,21 @@ def _escape(path: str) -> str:
 
 
 def _jobs(target: str) -> int:
-    """Return ``MAX_JOBS`` if set, else the number of jobs that the cores and the free memory allow."""
+    """Return ``MAX_JOBS`` if set, else the number of jobs that the cores and the available memory allow."""
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(os.cpu_count() or 1, free // _BYTES_A_JOB[target]))
+    return max(1, min(os.cpu_count() or 1, available_memory() // _BYTES_A_JOB[target]))
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory a program can still allocate.
+
+    They include the memory of caches that Linux gives up when programs need it. On other systems, the result is the
+    size of the whole memory.
+    """
+    facts = Path("/proc/meminfo")
+    available = re.search(r"^MemAvailable: +(\d+) kB$", facts.read_text(), re.MULTILINE) if facts.exists() else None
+    return int(available[1]) << 10 if available else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _torch() -> Path:

@@ -271,7 +271,7 @@ inline void for_sums(int64_t columns, const F& f) {
 template <int N>
 EFFT_INLINE void add_sums(Floats (&sums)[N], float* total, int count, bool is_first) {
 #pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) {
+  for (int64_t n = 0; n < N; ++n) {
     if (!is_first) sums[n] += load(total + n * LANES, count);
     store(total + n * LANES, sums[n], count);
   }
@@ -287,9 +287,10 @@ void sum_rows(int64_t rows, int64_t columns, Rows<const E> of, float* total, boo
     Floats sums[N]{};
     for (int64_t first = 0; first < rows; first += FEW) {
       Floats some[N]{};
-      for (int64_t i = first; i < std::min(first + FEW, rows); ++i)
+      for (int64_t i = first; i < std::min(first + FEW, rows); ++i) {
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) some[n] += load(of.data + i * of.row + j + n * LANES, count);
+        for (int64_t n = 0; n < N; ++n) some[n] += load(of.data + i * of.row + j + n * LANES, count);
+      }
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) sums[n] += some[n];
     }
@@ -308,7 +309,7 @@ inline void sum_norm(
     for (int64_t i = 0; i < rows; ++i) {
       const float mean = op.mean[t + i], rstd = op.rstd[t + i];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
+      for (int64_t n = 0; n < N; ++n) {
         const Floats gradient = load(dn + i * op.d_in + j + n * LANES, count);
         along[n] += gradient * ((load(x.data + i * x.row + j + n * LANES, count) - mean) * rstd);
         total[n] += gradient;

@@ -141,15 +141,18 @@ LinearBackward linear_backward(const Tensor& gy_, const std::optional<Tensor>& x
 
   const bool plain = producer.kind == Producer::none;
   const Tensor& like = x && !plain ? *x : gy;
-  Tensor dx = into ? into->dx : need.dx ? empty(like, {tokens, d_in}) : empty(like, {0}), base = dx;
+  const auto gradient = [](bool needed, const Tensor& of, int64_t rows, int64_t columns, auto... dtype) {
+    return needed ? empty(of, {rows, columns}, dtype...) : empty(of, {0}, dtype...);
+  };
+  Tensor dx = into ? into->dx : gradient(need.dx, like, tokens, d_in), base = dx;
   if (need_da) {
     if (!need.dx || (!plain && op.x.type != op.gy.type)) base = empty(gy, {tokens, d_in});
-    multiply(base, gy, *W, false);
+    multiply(base, gy, W.value(), false);
     op.base = matrix(base);
     if (need.dx) op.dx = matrix(dx);
   }
-  Tensor dD = into ? into->dD : need.dD ? empty(D, {d_in, rank}, ScalarType::Float) : empty(D, {0}, ScalarType::Float);
-  Tensor dG = into ? into->dG : need.dG ? empty(G, {rank, d_out}, ScalarType::Float) : empty(G, {0}, ScalarType::Float);
+  Tensor dD = into ? into->dD : gradient(need.dD, D, d_in, rank, ScalarType::Float);
+  Tensor dG = into ? into->dG : gradient(need.dG, G, rank, d_out, ScalarType::Float);
   Tensor db = into ? into->db : empty(gy, {need.db ? d_out : 0}, ScalarType::Float);
   Tensor dgamma = empty(producer.gamma ? *producer.gamma : like, {need.dgamma ? d_in : 0});
   Tensor dbeta = empty(producer.beta ? *producer.beta : like, {need.dbeta ? d_in : 0});

@@ -134,28 +134,29 @@ class Together {
   Together(const std::vector<int64_t>& ids, int64_t tokens) : order_(ids.size()) {
     for (size_t i = 0; i < ids.size(); ++i) order_[i] = static_cast<int64_t>(i);
     runs_ = runs_of(ids, tokens);
-    std::vector<int64_t> adapters;
+    std::vector<int64_t> adapters, sorted;
+    adapters.reserve(runs_.size());
     for (const Run& run : runs_) adapters.push_back(run.adapter);
     std::sort(adapters.begin(), adapters.end());
     moves_ = std::adjacent_find(adapters.begin(), adapters.end()) != adapters.end();
     if (!moves_) return;
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
-    std::vector<int64_t> sorted;
+    sorted.reserve(ids.size());
     for (const int64_t i : order_) sorted.push_back(ids[i]);
     runs_ = runs_of(sorted, tokens);
   }
   const std::vector<Run>& runs() const { return runs_; }
   std::optional<Tensor> ordered(const std::optional<Tensor>& t) const {
     if (!t.has_value()) return std::nullopt;
-    const Tensor from = torch::stable::contiguous(*t);
+    Tensor from = torch::stable::contiguous(*t);
     if (!moves_) return from;
-    const Tensor to = empty(from, {from.size(0), from.size(1), from.size(2)});
+    Tensor to = empty(from, {from.size(0), from.size(1), from.size(2)});
     copy_samples(to, from, order_, false);
     return to;
   }
   Tensor restored(const Tensor& t) const {
     if (!moves_) return t;
-    const Tensor to = empty(t, {t.size(0), t.size(1), t.size(2)});
+    Tensor to = empty(t, {t.size(0), t.size(1), t.size(2)});
     copy_samples(to, t, order_, true);
     return to;
   }
@@ -172,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tt_linear_grouped_bwd(Tensor gy_, std
   check_operands({need_dx, need_dD, need_dG, need_db}, W, x_, h_);
   const int64_t n = D.size(0), d_in = D.size(1), rank = D.size(2), d_out = G.size(2);
   const Together together(checked_ids(adapter, n), gy_.size(1));
-  const Tensor gy = *together.ordered(gy_);
+  const Tensor gy = together.ordered(gy_).value();
   const std::optional<Tensor> x = together.ordered(need_dD ? x_ : std::nullopt),
                               h = together.ordered(need_dG ? h_ : std::nullopt);
   const Tensor none = empty(gy, {0});
@@ -184,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tt_linear_grouped_bwd(Tensor gy_, std
   for (const Run& run : together.runs()) {
     const Tensor gy_run = rows_of(gy, run), dx_run = need_dx ? rows_of(dx, run) : none;
     if (run.adapter < 0) {
-      if (need_dx) multiply(dx_run, gy_run, *W, false);
+      if (need_dx) multiply(dx_run, gy_run, W.value(), false);
       continue;
     }
     seen[run.adapter] = true;

@@ -59,7 +59,8 @@ def merge(model: nn.Module, dequantize: bool = False) -> MergeReport:
         ValueError: the model is not adapted, is sharded or has offloaded weights; an update has non-finite entries; a
             layer computes its weight from other tensors (a parametrization, for example); or other models share the
             weights. Nothing is changed.
-        RuntimeError: the update is disabled by :func:`efft.disabled`.
+        RuntimeError: the update is disabled by :func:`efft.disabled`, or the model has lost an adapted layer
+            (:func:`adapted_layers`). Nothing is changed.
     """
     model = unwrap(model)
     adapter = adapter_of(model)
@@ -109,7 +110,8 @@ def merged_state_dict(
         TypeError: a weight is quantized, and ``dequantize`` is not set or its class cannot dequantize it.
         ValueError: the model is not adapted, is sharded or has offloaded weights, or a layer computes its weight from
             other tensors (a parametrization, for example).
-        RuntimeError: the model is within a block of :func:`efft.disabled` that has replaced biases, norms or buffers.
+        RuntimeError: the model is within a block of :func:`efft.disabled` that has replaced biases, norms or buffers,
+            or it has lost an adapted layer (:func:`adapted_layers`).
     """
     model = unwrap(model)
     check_not_aside(adapter_of(model), "merged_state_dict")

@@ -115,7 +115,7 @@ def test_a_graph_of_a_pool_uses_adapters_in_turn_and_the_images_of_each_call() -
 
 
 def test_adapters_that_do_not_fit_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.serve._free_memory", lambda: 100)
+    monkeypatch.setattr("benchmarks.serve.available_memory", lambda: 100)
     reason = build_checked(TINY, [ROWS["pool:100"]])["pool:100"]
     assert isinstance(reason, str)
     assert reason.startswith("failed: 100 adapters need")

@@ -202,6 +202,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: the model is not adapted; biases or norms are trained, and DeepSpeed's ZeRO-3 manages them; or the
             base's values of biases, norms or buffers are not known (see :func:`remove`).
+        RuntimeError: the model has lost an adapted layer (:func:`adapted_layers`).
     """
     wrapper, model = model, unwrap(model)
     adapter = adapter_of(model)

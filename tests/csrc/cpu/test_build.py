@@ -77,8 +77,18 @@ def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAX_JOBS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     for free, jobs in ((100 << 30, 8), (2 << 30, 2), (1 << 20, 1)):
-        monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": free, "SC_PAGE_SIZE": 1}.__getitem__)
+        monkeypatch.setattr(build, "available_memory", lambda free=free: free)
         assert build._jobs("cpu") == jobs
+
+
+def test_memory_of_caches_is_available() -> None:
+    facts = Path("/proc/meminfo")
+    if not facts.exists():
+        pytest.skip("needs Linux")
+    kib = {name: int(size) for name, size in re.findall(r"^(\w+): +(\d+) kB$", facts.read_text(), re.MULTILINE)}
+    caches = kib["Cached"] - kib["Shmem"]
+    # A half, because other programs allocate meanwhile, and Linux keeps a part for itself.
+    assert (kib["MemFree"] + caches) << 9 < build.available_memory() < kib["MemTotal"] << 10
 
 
 def test_a_library_of_other_sources_is_not_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
