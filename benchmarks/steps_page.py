@@ -89,12 +89,13 @@ the time for a column of its tile.
 
 ## Steps (modeled, not measured)
 
-A step is one planned change. A gain is the effect of this step only, in percent of the frozen baseline. "Launches"
-counts the kernels of a block, and "MB" the bytes of their operands and results. These numbers and those of the columns
-"block" include all steps up to this one. The tail of a product is the rank-r product that is added in the same kernel.
-A reduction computes dD and dG as sums over tokens. To pack D and G is to convert them to bf16 for the product. Step B
-packs the factors of all layers with copies, once per forward pass. These copies are not counted. All blocks of a ViT-B
-together need twelve copies, three for each of the four kinds of layer.
+A step is one planned change. A gain is the effect of the step when it is the only change, in percent of the frozen
+baseline. Gains do not add up. "Launches" counts the kernels of a block, and "MB" the bytes of their operands and
+results. These numbers and those of the columns "block" include all steps up to this one. The tail of a product is the
+rank-r product that is added in the same kernel. A reduction computes dD and dG as sums over tokens. To pack D and G is
+to convert them to bf16 for the product. Step B packs the factors of all layers with copies, once per forward pass.
+These copies are not counted. All blocks of a ViT-B together need twelve copies, three for each of the four kinds of
+layer.
 
 {1}
 

@@ -66,8 +66,8 @@ def graph_serve(
         )
     if any(isinstance(h, functools.partial) and h.func is check_batch for h in model._forward_pre_hooks.values()):
         raise ValueError(
-            f"{_NAME}: this model is in an AdapterPool, which chooses the adapters on the host: call detach() on the "
-            "pool first, or serve without a graph"
+            f"{_NAME}: this model is in an AdapterPool, which chooses the adapters on the host: capture your "
+            "own graph with the pool's fixed_batch, or call detach() on the pool first"
         )
     if without_adapter:
         _check_can_be_disabled(model)

@@ -313,10 +313,15 @@ def _origin(records: Sequence[Record]) -> str:
         *(f"- machine: {machine}" for machine in _machines(records)),
         f"- versions: {'; '.join(versions)}",
         f"- commit: {each('commit')}",
-        *(f"- command: `{command}`" for command in sorted({record["command"] for record in records})),
+        *(f"- command: `{command}`" for command in sorted({_without_folders(r["command"]) for r in records})),
         f"- dates: {min(record['date'] for record in records)} to {max(record['date'] for record in records)}",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _without_folders(command: str) -> str:
+    """Return the command with only the names of the files that it gives by absolute paths."""
+    return re.sub(r"(?<=[ =])/\S*/", "", command)
 
 
 def _machines(records: Sequence[Record]) -> list[str]:
