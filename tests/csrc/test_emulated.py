@@ -70,6 +70,33 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return {sanitize: tmp_path_factory.mktemp("objects") for sanitize in (False, True)}
 
 
+def test_objects_are_compiled_again_if_anything_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiled: list[str] = []
+
+    def run(*command: str) -> str:
+        if "-c" in command:
+            compiled.append(Path(command[command.index("-c") + 1]).name)
+            assert (tmp_path / compiled[-1]).read_text() != "an error"
+        return ""
+
+    def compiled_by(files: dict[str, str]) -> list[str]:
+        compiled.clear()
+        emulator.build(files, tmp_path)
+        return sorted(name for name in compiled if name in files)
+
+    monkeypatch.setattr(emulator, "_run", run)
+    monkeypatch.setattr(emulator, "hopper", lambda: emulator.Hopper(tmp_path, tmp_path))
+    first = {"a.cu": "", "b.cu": '#include "b.cuh"', "b.cuh": ""}
+    assert compiled_by(first) == ["a.cu", "b.cu"]
+    assert compiled_by(first) == []
+    assert compiled_by({**first, "b.cuh": "//"}) == ["b.cu"]
+    # The flags of all files depend on whether there are kernels for compute capability 9.0.
+    assert compiled_by({"a.cu": "", "c_sm90.cu": ""}) == ["a.cu", "c_sm90.cu"]
+    with pytest.raises(AssertionError):
+        compiled_by({"a.cu": "an error", "c_sm90.cu": ""})
+    assert compiled_by({"a.cu": "", "c_sm90.cu": ""}) == ["a.cu"]
+
+
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     variables = {**os.environ, "PYTHONPATH": path, **environment}

@@ -6,6 +6,7 @@ are names for GPUs of compute capability 9.0.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -83,8 +84,8 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
 
     Args:
         files: the text of each source file by its name, see :func:`sources`.
-        folder: the folder for sources, objects and the library. Files that have not changed since an earlier build in
-            this folder are not compiled again.
+        folder: the folder for sources, objects and the library. A file is not compiled again if an earlier build in
+            this folder compiled it with the same command, text and headers.
         sanitize: whether to use the address and undefined-behavior sanitizers instead of the checks of accesses.cpp.
     """
     tools = find_tools("cpu")
@@ -97,24 +98,29 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
         kernel += ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
     own = {p.name: p.read_text() for p in sorted(HERE.glob("*.cpp"))}
     folder.mkdir(parents=True, exist_ok=True)
-    changed = set()
+    texts = {}
     for name, text in {**files, **own}.items():
         path = folder / name
         # The operators are registered for CPU tensors, because there are no GPU tensors on a machine without a GPU.
         text = text.replace('#include "../', f'#include "{SOURCES.parent}/')
         text = re.sub(r"STABLE_TORCH_LIBRARY_IMPL\(efft, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(efft, CPU,", text)
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
-            changed.add(name)
+        path.write_text(text)
+        texts[name] = text
+    headers = [path.read_text() for path in sorted([*HERE.rglob("*.h*"), *SOURCES.parent.glob("*.h")])]
 
     def compile_one(source: Path) -> Path:
-        target = source.with_name(source.name + ".o")
-        if changed & {source.name, *_included(source.name, files)} or not target.exists():
-            extra = kernel if source.suffix == ".cu" else ["-O3", "-std=c++17"] if source.name in own else torch
-            if is_hopper(source.name):
-                # Debug information is omitted, because writing CuTe's long type names takes too long.
-                extra = [*kernel, *_hopper_flags(hopper()), "-g0"]
-            _run(tools.cxx, *flags, *extra, "-c", str(source), "-o", str(target))
+        target, record = source.with_name(source.name + ".o"), source.with_name(source.name + ".made_of")
+        extra = kernel if source.suffix == ".cu" else ["-O3", "-std=c++17"] if source.name in own else torch
+        if is_hopper(source.name):
+            # Debug information is omitted, because writing CuTe's long type names takes too long.
+            extra = [*kernel, *_hopper_flags(hopper()), "-g0"]
+        command = [tools.cxx, *flags, *extra, "-c", str(source), "-o", str(target)]
+        read = [texts[name] for name in (source.name, *sorted(_included(source.name, files)))]
+        made_of = hashlib.sha256("\0".join([*command, *read, *headers]).encode()).hexdigest()
+        if not record.exists() or record.read_text() != made_of:
+            record.unlink(missing_ok=True)
+            _run(*command)
+            record.write_text(made_of)
         return target
 
     units = [folder / name for name in (*files, *own) if Path(name).suffix in {".cpp", ".cu"}]
