@@ -59,7 +59,7 @@ check-triton: $(VENV)/.efft-dev ## With the oldest supported Triton, test the ke
 check-native: $(VENV)/.efft-dev ## Run static checks on csrc/cpu, and its tests under the sanitizers, in minutes
 	PATH="$(abspath $(BIN)):$$PATH" $(RUN) tests.csrc.cpu.check sanitizers $(ARGS)
 
-check-cuda: $(VENV)/.efft-dev ## Without a GPU, test the CUDA kernels in the emulator and compile them, in an hour or less
+check-cuda: $(VENV)/.efft-dev ## Without a GPU, test the CUDA kernels in the emulator and compile them, in about an hour
 	$(RUN) pip install --quiet --no-deps nvidia-cutlass==$(CUTLASS)
 	$(TESTS) tests/csrc/test_emulated.py $(ARGS)
 	$(RUN) tests.csrc.emulation.build build/emulated
