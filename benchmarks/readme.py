@@ -111,9 +111,8 @@ def _time(lines: Sequence[tables.Line], row: str) -> str:
     return f"{_of(lines, row, 'ratio')['p50']:.2f}"
 
 
-def _range(lines: Sequence[tables.Line], rows: Sequence[str]) -> str:
-    times = sorted(_time(lines, row) for row in rows)
-    return f"{times[0]} to {times[-1]}"
+def _range(lines: Sequence[tables.Line], rows: tuple[str, str]) -> str:
+    return " to ".join(sorted({_time(lines, row) for row in rows}))
 
 
 def _of(lines: Sequence[tables.Line], row: str, field: str) -> Any:
