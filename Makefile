@@ -19,7 +19,7 @@ RUN := $(BIN)/python -m
 TESTS := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist worksteal -p no:benchmark
 # Clear this variable of the caller, so that Python writes bytecode files and later test processes can load them.
 export PYTHONDONTWRITEBYTECODE :=
-# The tests of the emulated CUDA kernels take up to an hour. Only `make check-cuda` runs them.
+# The tests of the emulated CUDA kernels take about an hour. Only `make check-cuda` runs them.
 UNEMULATED := --ignore tests/csrc/test_emulated.py
 # These tests run separately in Triton's interpreter, because a process can either interpret or compile kernels.
 IN_TRITONS_INTERPRETER := tests/efft_kernels/ops tests/efft_kernels/triton

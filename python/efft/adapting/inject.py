@@ -164,10 +164,11 @@ def remove(model: nn.Module) -> nn.Module:
     adapter = adapter_of(model)
     check_not_aside(adapter, "remove")
     check_whole(model, "remove")
-    check_stored(adapted_layers(model), "remove")
+    layers = adapted_layers(model)
+    check_stored(layers, "remove")
     check_base_known(model, adapter)
     with hooks_aside(model) as aside:
-        put_in = {n: u for n, u in adapted_layers(model).items() if isinstance(u, AdaptedLayer)}
+        put_in = {n: u for n, u in layers.items() if isinstance(u, AdaptedLayer)}
         changed = [name for name, layer in put_in.items() if "forward" in layer.__dict__]
         if changed:
             raise ValueError(

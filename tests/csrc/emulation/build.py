@@ -94,6 +94,7 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
     torch = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-isystem{tools.torch / 'include'}"]
     kernel = ["-std=c++17", "-Wno-unknown-pragmas", "-Wno-psabi", "-include", str(HERE / "instructions.h"), "-x", "c++"]
     kernel += ["-DEFFT_SM90"] * with_hopper
+    of_hopper = _hopper_flags(hopper()) if with_hopper else []
     if not sanitize:  # inserts a call before every memory access; accesses.cpp defines the called functions
         kernel += ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
     own = {p.name: p.read_text() for p in sorted(HERE.glob("*.cpp"))}
@@ -113,7 +114,7 @@ def build(files: Mapping[str, str], folder: Path, sanitize: bool = False) -> Pat
         extra = kernel if source.suffix == ".cu" else ["-O3", "-std=c++17"] if source.name in own else torch
         if is_hopper(source.name):
             # Debug information is omitted, because writing CuTe's long type names takes too long.
-            extra = [*kernel, *_hopper_flags(hopper()), "-g0"]
+            extra = [*kernel, *of_hopper, "-g0"]
         command = [tools.cxx, *flags, *extra, "-c", str(source), "-o", str(target)]
         read = [texts[name] for name in (source.name, *sorted(_included(source.name, files)))]
         made_of = hashlib.sha256("\0".join([*command, *read, *headers]).encode()).hexdigest()
